@@ -1,0 +1,222 @@
+package overlay
+
+import (
+	"crypto/sha256"
+	"fmt"
+	"net/netip"
+	"slices"
+)
+
+// Claim is what this node wants of the store: a lease that says Attrs.
+type Claim struct {
+	Attrs Attrs
+	// Prefer is the lease held so far, or what subnet.env remembers: taken
+	// again if it is free, so that running pods keep their addresses.
+	Prefer Subnets
+	// Held says that Prefer was ours in this process's life.
+	Held bool
+}
+
+// Act is what has to be written to the store.
+type Act uint8
+
+// The acts.
+const (
+	Hold   Act = iota // nothing: the lease is as it should be
+	Create            // make Lease's key, which must not exist
+	Update            // write Lease's attributes over the revision Lease.Modified
+	Remove            // delete the key at the revision Lease.Modified
+)
+
+func (a Act) String() string { return [...]string{"hold", "create", "update", "remove"}[a] }
+
+// Step is one write to the store and why it is made.
+type Step struct {
+	Act   Act
+	Lease Lease
+	Why   string
+}
+
+// randomSubnets is how many free subnets a node draws from. flannel's number.
+const randomSubnets = 100
+
+// Next returns the next write that brings the store closer to the claim. leases
+// are those of a complete Snapshot; each write is conditional on what was seen
+// there, so a lost race only means that Next is asked again. draw returns a
+// number in 0..n-1.
+func (c Claim) Next(cfg Config, leases []*Lease, draw func(n int) int) (Step, error) {
+	lost := losers(leases)
+	if own := c.own(leases); own != nil {
+		return c.keep(cfg, own, lost[own])
+	}
+	why := "no lease has this node's address " + c.Attrs.address().String()
+	if taken := overlapping(leases, c.Prefer); taken != nil {
+		why = fmt.Sprintf("the former subnet %s is leased to %s now", c.Prefer.Key(), taken.address())
+	}
+	n, err := cfg.pick(leases, c.Prefer, draw)
+	if err != nil {
+		return Step{}, err
+	}
+	if n == c.Prefer {
+		why = "the former subnet is free"
+	}
+	return Step{Act: Create, Lease: Lease{Subnets: n, Attrs: c.Attrs}, Why: why}, nil
+}
+
+// keep decides on a lease that bears our address.
+func (c Claim) keep(cfg Config, own, winner *Lease) (Step, error) {
+	if winner != nil {
+		return Step{Act: Remove, Lease: *own, Why: fmt.Sprintf("%s holds the overlapping older lease %s", winner.address(), winner.Key())}, nil
+	}
+	if err := cfg.Check(own.Subnets); err != nil {
+		return Step{Act: Remove, Lease: *own, Why: err.Error()}, nil
+	}
+	if own.Attrs == c.Attrs {
+		return Step{Act: Hold, Lease: *own}, nil
+	}
+	step := Step{Act: Update, Lease: *own, Why: "what this node publishes has changed"}
+	step.Lease.Attrs, step.Lease.Err = c.Attrs, nil
+	return step, nil
+}
+
+// own finds the node's lease: the one it holds, even if its own address has
+// changed since; else one that bears its address, with its VTEP if there is a
+// choice, the oldest of those.
+//
+// A lease we hold that now bears our address but another VTEP was written by
+// somebody with the same address. Both see it, and both let the lower MAC have
+// it: the other looks for a subnet of its own.
+func (c Claim) own(leases []*Lease) *Lease {
+	var best *Lease
+	for _, l := range leases {
+		mine := l.address() == c.Attrs.address()
+		if l.Subnets == c.Prefer {
+			if c.lastOurs(l) || mine && !(c.Held && c.defeated(l)) || c.Held && l.Err != nil {
+				return l
+			}
+			continue
+		}
+		if mine && !(c.Held && c.contested(l)) && (best == nil || c.better(l, best)) {
+			best = l
+		}
+	}
+	return best
+}
+
+// contested reports whether the lease bears a VTEP that is not ours.
+func (c Claim) contested(l *Lease) bool {
+	return l.vtepMAC() != MAC{} && l.vtepMAC() != c.Attrs.vtepMAC()
+}
+
+func (c Claim) defeated(l *Lease) bool {
+	theirs, ours := l.vtepMAC(), c.Attrs.vtepMAC()
+	return c.contested(l) && slices.Compare(theirs[:], ours[:]) < 0
+}
+
+// lastOurs reports whether our VTEP stands in the lease: then it is ours even
+// under another address, and it is our address that has changed.
+func (c Claim) lastOurs(l *Lease) bool {
+	return l.vtepMAC() != MAC{} && l.vtepMAC() == c.Attrs.vtepMAC()
+}
+
+// vtepMAC tells two nodes with the same address apart.
+func (a Attrs) vtepMAC() MAC {
+	if a.VTEP.MAC != (MAC{}) {
+		return a.VTEP.MAC
+	}
+	return a.VTEPv6.MAC
+}
+
+func (c Claim) better(a, b *Lease) bool {
+	if x, y := c.contested(a), c.contested(b); x != y {
+		return y
+	}
+	return a.Created < b.Created
+}
+
+// losers maps each lease that overlaps another to the one with the better claim:
+// the older key, or the lower one if both are of one revision. Every node comes
+// to the same verdict, flannel's excepted.
+func losers(leases []*Lease) map[*Lease]*Lease {
+	lost := map[*Lease]*Lease{}
+	for _, f := range []Family{IPv4, IPv6} {
+		sorted := leases
+		if f == IPv6 {
+			sorted = slices.DeleteFunc(slices.Clone(leases), func(l *Lease) bool { return !l.V6.IsValid() })
+			sortUnlessSorted(sorted, func(a, b *Lease) int { return comparePrefix(a.V6, b.V6) })
+		}
+		var winner *Lease
+		for _, l := range sorted {
+			switch {
+			case winner == nil || !winner.Subnet(f).Overlaps(l.Subnet(f)):
+				winner = l
+			case winner.Created < l.Created || winner.Created == l.Created && winner.Compare(l.Subnets) < 0:
+				lost[l] = winner
+			default:
+				lost[winner] = l
+				winner = l
+			}
+		}
+	}
+	return lost
+}
+
+func overlapping(leases []*Lease, n Subnets) *Lease {
+	for _, l := range leases {
+		if l.Overlaps(n) {
+			return l
+		}
+	}
+	return nil
+}
+
+// pick chooses a subnet of each family, each by itself: the preferred one if it
+// fits and is free, else one of the first free ones, drawn as flannel does.
+func (c Config) pick(leases []*Lease, prefer Subnets, draw func(n int) int) (Subnets, error) {
+	var out Subnets
+	for _, f := range c.families() {
+		p := prefer.Subnet(f)
+		pool := c.Pool(f)
+		taken := subnets(leases, f)
+		if pool.Check(p) != nil || slices.ContainsFunc(taken, p.Overlaps) {
+			free := pool.free(taken, randomSubnets)
+			if len(free) == 0 {
+				return Subnets{}, fmt.Errorf("no free /%d subnet from %s to %s in %s: all are leased; widen the %s network, or delete the leases of nodes that are gone", pool.SubnetLen, pool.Min, pool.Max, pool.Network, f)
+			}
+			p = free[draw(len(free))]
+		}
+		if f == IPv4 {
+			out.V4 = p
+		} else {
+			out.V6 = p
+		}
+	}
+	return out, nil
+}
+
+// subnets lists the leased prefixes of a family in order.
+func subnets(leases []*Lease, f Family) []netip.Prefix {
+	var out []netip.Prefix
+	for _, l := range leases {
+		if p := l.Subnet(f); p.IsValid() {
+			out = append(out, p)
+		}
+	}
+	slices.SortFunc(out, comparePrefix)
+	return out
+}
+
+// DeriveMAC returns the VTEP MAC of a node for a device: locally administered,
+// and always the same, so that neither a reboot nor a deleted device makes
+// peers send to an address that is gone. The identity is the uplink's own
+// Ethernet address, or its IP address if the uplink has none.
+func DeriveMAC(u Uplink, device string) MAC {
+	identity := u.MAC.String()
+	if u.MAC == (MAC{}) {
+		identity = u.V4.String() + u.V6.String()
+	}
+	sum := sha256.Sum256([]byte("twill vtep " + identity + " " + device))
+	m := MAC(sum[:6])
+	m[0] = m[0]&^1 | 2
+	return m
+}

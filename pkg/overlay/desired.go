@@ -1,0 +1,272 @@
+package overlay
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// Self is what this node knows of itself.
+type Self struct {
+	Subnets  // the lease it holds
+	Uplink   Uplink
+	PublicIP netip.Addr // what it publishes; usually Uplink.V4
+	PublicV6 netip.Addr
+	// MAC and MACv6 are the addresses of its VTEPs.
+	MAC, MACv6 MAC
+	Options
+}
+
+// Options are the operator's choices on this node, from flags.
+type Options struct {
+	IPMasq         bool // masquerade what leaves the cluster
+	RandomFully    bool // with fully random source ports
+	ForwardRules   bool // accept forwarded pod traffic
+	BlackholeRoute bool // drop packets to pods of ours that do not exist
+	Nexthops       bool // the kernel has nexthop objects (Linux 5.3)
+}
+
+// backend is one way to carry packets: what our lease publishes, our own devices,
+// and one peer in, its objects out.
+type backend interface {
+	attrs(Config, Self) Attrs
+	overhead(Family) int
+	own(*draft)
+	peer(*draft, *Lease, Family) error
+}
+
+// CheckBackend says why the configured backend cannot be used, or nil.
+func (c Config) CheckBackend() error {
+	_, err := c.backend()
+	return err
+}
+
+func (c Config) backend() (backend, error) {
+	if c.Backend.Type == "vxlan" {
+		return vxlan{c.Backend.VXLAN}, nil
+	}
+	return nil, fmt.Errorf("Backend.Type: %s: this version of Twill carries packets by vxlan alone; store \"Backend\": {\"Type\": \"vxlan\"}", c.Backend.Type)
+}
+
+// CheckTransition says why a running node that holds n cannot take up the
+// configuration next, or nil.
+func (c Config) CheckTransition(next Config, n Subnets) error {
+	if err := next.CheckBackend(); err != nil {
+		return err
+	}
+	if err := next.Check(n); err != nil {
+		return fmt.Errorf("this node's lease does not fit: %w; move the pods away and restart twilld", err)
+	}
+	if c.Networks() != nil && !slices.Equal(c.Networks(), next.Networks()) {
+		return fmt.Errorf("network changes from %s to %s under running pods; restart twilld to take it up", joined(c.Networks()), joined(next.Networks()))
+	}
+	return nil
+}
+
+func joined(p []netip.Prefix) string {
+	var s []string
+	for _, x := range p {
+		s = append(s, x.String())
+	}
+	return strings.Join(s, ",")
+}
+
+// PublishedAttrs returns what the node's lease shall say.
+func PublishedAttrs(c Config, self Self) (Attrs, error) {
+	b, err := c.backend()
+	if err != nil {
+		return Attrs{}, err
+	}
+	return b.attrs(c, self), nil
+}
+
+// PodMTU returns the largest packet in bytes that a pod may send in every family
+// in use without fragmentation.
+func PodMTU(c Config, self Self) (int, error) {
+	b, err := c.backend()
+	if err != nil {
+		return 0, err
+	}
+	mtu := 0
+	for _, f := range c.families() {
+		if m := underlayMTU(c, self) - b.overhead(f); mtu == 0 || m < mtu {
+			mtu = m
+		}
+	}
+	return mtu, nil
+}
+
+func underlayMTU(c Config, self Self) int {
+	if m := c.Backend.VXLAN.MTU; m != 0 {
+		return m
+	}
+	return self.Uplink.MTU
+}
+
+func (c Config) families() []Family {
+	var out []Family
+	for _, f := range []Family{IPv4, IPv6} {
+		if c.Pool(f).Enabled() {
+			out = append(out, f)
+		}
+	}
+	return out
+}
+
+// Subnet returns the prefix of a family.
+func (n Subnets) Subnet(f Family) netip.Prefix {
+	if f == IPv4 {
+		return n.V4
+	}
+	return n.V6
+}
+
+// Public returns the address of a family that peers send to.
+func (a Attrs) Public(f Family) netip.Addr {
+	if f == IPv4 {
+		return a.PublicIP
+	}
+	return a.PublicIPv6
+}
+
+// draft is a State being put together.
+type draft struct {
+	cfg      Config
+	self     Self
+	state    State
+	problems []Problem
+}
+
+func (d *draft) problem(object, remedy, format string, args ...any) {
+	d.problems = append(d.problems, Problem{Object: object, Reason: fmt.Sprintf(format, args...), Remedy: remedy})
+}
+
+// Desired returns what the node's kernel should hold. It is total: a peer that
+// makes no sense is a Problem and costs nobody else anything.
+func Desired(snap *Snapshot, self Self) (State, []Problem) {
+	n := len(snap.Leases)
+	d := &draft{cfg: snap.Config, self: self, problems: slices.Clone(snap.Problems), state: State{
+		Nexthops: make([]Nexthop, 0, n), Routes: make([]Route, 0, n), Neighs: make([]Neigh, 0, n), FDB: make([]FDB, 0, n),
+	}}
+	b, err := snap.Config.backend()
+	if err != nil {
+		d.problem("config", "", "%v", err)
+		return State{}, d.problems
+	}
+	b.own(d)
+	d.node()
+	lost := losers(snap.Leases)
+	for _, l := range snap.Leases {
+		d.peer(b, l, lost[l])
+	}
+	d.state.Normalize()
+	d.dropTwins()
+	return d.state, d.problems
+}
+
+// node adds what the node needs whatever the backend.
+func (d *draft) node() {
+	for _, f := range d.cfg.families() {
+		if f == IPv4 {
+			d.state.Sysctls = append(d.state.Sysctls, Sysctl{Key: "net/ipv4/ip_forward", Value: "1"})
+		} else {
+			// A forwarding node ignores router advertisements unless accept_ra
+			// is 2; without this an uplink that lives on them loses its default route.
+			d.state.Sysctls = append(d.state.Sysctls,
+				Sysctl{Key: "net/ipv6/conf/" + strings.ReplaceAll(d.self.Uplink.Name, "/", ".") + "/accept_ra", Value: "2", When: "1"},
+				Sysctl{Key: "net/ipv6/conf/all/forwarding", Value: "1"})
+		}
+		pods := d.self.Subnet(f)
+		d.state.Chains = append(d.state.Chains, chains(d.cfg.Tool(), f, d.cfg.Pool(f).Network, pods, d.self.Options)...)
+		if d.self.BlackholeRoute {
+			// The lowest priority there is: cni0's own route comes first.
+			d.state.Routes = append(d.state.Routes, Route{Dst: pods, Blackhole: true, Metric: 0xfffffffe, Protocol: Protocol})
+		}
+	}
+}
+
+// peer adds the objects of one lease. winner is the lease that has the better
+// claim to the same addresses, if there is one.
+func (d *draft) peer(b backend, l, winner *Lease) {
+	object := "lease " + l.Key()
+	own := l.Subnets == d.self.Subnets
+	switch {
+	case winner != nil && own:
+		d.problem(object, "twilld moves to another subnet", "this node's subnet is also leased by %s as %s, which is the older lease", winner.address(), winner.Key())
+	case winner != nil:
+		d.problem(object, "the node takes another subnet by itself if it runs twilld; else delete its key", "subnet of %s is also leased by %s as %s, which is the older lease", l.address(), winner.address(), winner.Key())
+	case own:
+	case l.Err != nil:
+		d.problem(object, "restart the node's daemon or correct the key's value", "%v", l.Err)
+	case l.Backend == "" && l.Reserved(): // nobody lives there yet
+	case l.address() == d.self.address():
+		d.problem(object, "delete the key, or give one of the nodes another address", "says that its node is at %s, which is this node's address", l.address())
+	default:
+		for _, f := range d.cfg.families() {
+			if err := b.peer(d, l, f); err != nil {
+				d.problem(object, "", "%s peer %s: %v", f, l.address(), err)
+			}
+		}
+	}
+}
+
+// address identifies the node that holds the lease.
+func (a Attrs) address() netip.Addr {
+	if a.PublicIP.IsValid() {
+		return a.PublicIP
+	}
+	return a.PublicIPv6
+}
+
+func (s Self) address() netip.Addr {
+	return Attrs{PublicIP: s.PublicIP, PublicIPv6: s.PublicV6}.address()
+}
+
+// route leads dst to gateway by a nexthop object of its own. Without nexthop
+// objects, or for a subnet that has no number in its pool, it is a plain route.
+func (d *draft) route(dst netip.Prefix, gateway netip.Addr, link string, onlink bool) {
+	r := Route{Dst: dst, Metric: defaultMetric(dst), Protocol: Protocol}
+	if id, ok := d.nexthopID(dst); ok {
+		d.state.Nexthops = append(d.state.Nexthops, Nexthop{ID: id, Gateway: gateway, Link: link, OnLink: onlink})
+		r.NH = id
+	} else {
+		r.Gateway, r.Link, r.OnLink = gateway, link, onlink
+	}
+	d.state.Routes = append(d.state.Routes, r)
+}
+
+// nexthopID numbers the nexthop object of a peer by the number of its subnet in
+// the pool, behind 0x54 (84, IPv4) or 0x55 (IPv6): two peers never share one.
+func (d *draft) nexthopID(dst netip.Prefix) (uint32, bool) {
+	f := FamilyOf(dst.Addr())
+	pool := d.cfg.Pool(f)
+	n, ok := pool.index(dst)
+	if !ok || !d.self.Nexthops || dst.Bits() != pool.SubnetLen || n > 1<<24-1 {
+		return 0, false
+	}
+	if f == IPv4 {
+		return 0x54<<24 | n, true
+	}
+	return 0x55<<24 | n, true
+}
+
+// dropTwins keeps one of several FDB entries for the same MAC: two nodes that
+// publish the same VTEP address cannot both be reached.
+func (d *draft) dropTwins() {
+	kept := d.state.FDB[:0]
+	for _, e := range d.state.FDB {
+		last := len(kept) - 1
+		if last < 0 || kept[last].compare(e) != 0 {
+			kept = append(kept, e)
+			continue
+		}
+		a, b := kept[last].Dst, e.Dst
+		if b.Less(a) {
+			a, b = b, a
+			kept[last] = e
+		}
+		d.problem("fdb "+e.MAC.String(), "delete the link on one of the two and restart its daemon", "%s and %s publish the same VtepMAC; only %s is reached", a, b, a)
+	}
+	d.state.FDB = kept
+}

@@ -1,0 +1,234 @@
+package overlay
+
+import (
+	"bytes"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"regexp"
+	"strconv"
+	"strings"
+)
+
+// Lease is one node's claim to its pod subnets and what it publishes of itself.
+type Lease struct {
+	Subnets
+	Attrs
+	// Err is set if the key names a subnet but the value does not parse. The
+	// subnet is taken all the same.
+	Err error
+
+	// Where the lease stands in the store.
+	Created  int64 // revision at which the key was made: the older of two claimants wins
+	Modified int64 // revision of the last write: later writes are fenced by it
+	Grant    int64 // etcd lease id; 0 is a reservation, which never expires
+}
+
+// Reserved reports whether the lease never expires.
+func (l *Lease) Reserved() bool { return l.Grant == 0 }
+
+// Attrs is what a node publishes: the value of its lease. Comparable.
+type Attrs struct {
+	PublicIP, PublicIPv6 netip.Addr // where peers send the outer packet
+	Backend              string     // flannel's BackendType; empty for udp, alloc and an untaken reservation
+	Data, DataV6         string     // flannel's BackendData and BackendV6Data: JSON, or empty
+	// VTEP and VTEPv6 are Data and DataV6 of a vxlan lease, decoded.
+	VTEP, VTEPv6 VTEP
+}
+
+// VTEP is a node's VXLAN tunnel end point (RFC 7348).
+type VTEP struct {
+	VNI uint32
+	MAC MAC
+}
+
+// leaseValue is the stored form; field order and omissions are flannel's.
+type leaseValue struct {
+	PublicIP    *string
+	PublicIPv6  *string
+	BackendType string          `json:",omitempty"`
+	Data        json.RawMessage `json:"BackendData,omitempty"`
+	DataV6      json.RawMessage `json:"BackendV6Data,omitempty"`
+}
+
+type vtepValue struct {
+	VNI     uint32
+	VtepMAC string
+}
+
+var keyPattern = regexp.MustCompile(`^(\d+\.\d+\.\d+\.\d+)-(\d+)(?:&([a-f\d:]+)-(\d+))?$`)
+
+// ParseKey reads the last element of a lease's key: "10.5.52.0-24" or, in dual
+// stack, "10.5.52.0-24&fd00:5:0:34::-64".
+func ParseKey(key string) (Subnets, error) {
+	m := keyPattern.FindStringSubmatch(key)
+	if m == nil {
+		return Subnets{}, fmt.Errorf("key %q is not a subnet like 10.5.52.0-24 or 10.5.52.0-24&fd00:5:0:34::-64", key)
+	}
+	v4, err := keyPrefix(m[1], m[2], 31)
+	if err != nil {
+		return Subnets{}, fmt.Errorf("key %q: %w", key, err)
+	}
+	if m[3] == "" {
+		return Subnets{V4: v4}, nil
+	}
+	v6, err := keyPrefix(m[3], m[4], 127)
+	if err != nil {
+		return Subnets{}, fmt.Errorf("key %q: %w", key, err)
+	}
+	if !v6.Addr().Is6() || v6.Addr().Is4In6() {
+		return Subnets{}, fmt.Errorf("key %q: %s is not an IPv6 subnet", key, v6)
+	}
+	return Subnets{V4: v4, V6: v6}, nil
+}
+
+func keyPrefix(addr, bits string, longest int) (netip.Prefix, error) {
+	a, err := netip.ParseAddr(addr)
+	if err != nil {
+		return netip.Prefix{}, err
+	}
+	n, err := strconv.Atoi(bits)
+	if err != nil || n < 1 || n > longest {
+		return netip.Prefix{}, fmt.Errorf("prefix length %s is not in 1..%d", bits, longest)
+	}
+	p := netip.PrefixFrom(a, n)
+	if p != p.Masked() {
+		return netip.Prefix{}, fmt.Errorf("%s has bits set behind its prefix length; the subnet is %s", p, p.Masked())
+	}
+	return p, nil
+}
+
+// Key is the inverse of ParseKey.
+func (n Subnets) Key() string {
+	s := fmt.Sprintf("%s-%d", n.V4.Addr(), n.V4.Bits())
+	if n.V6.IsValid() {
+		s += fmt.Sprintf("&%s-%d", n.V6.Addr(), n.V6.Bits())
+	}
+	return s
+}
+
+// ParseAttrs reads the value of a lease.
+func ParseAttrs(value []byte) (Attrs, error) {
+	var v leaseValue
+	if err := json.Unmarshal(value, &v); err != nil {
+		return Attrs{}, fmt.Errorf("value is not a lease: %w", err)
+	}
+	a := Attrs{Backend: v.BackendType, Data: compact(v.Data), DataV6: compact(v.DataV6)}
+	var err error
+	if a.PublicIP, err = publicIP("PublicIP", v.PublicIP, IPv4); err != nil {
+		return Attrs{}, err
+	}
+	if a.PublicIPv6, err = publicIP("PublicIPv6", v.PublicIPv6, IPv6); err != nil {
+		return Attrs{}, err
+	}
+	if !a.PublicIP.IsValid() && !a.PublicIPv6.IsValid() {
+		return Attrs{}, fmt.Errorf("value has neither PublicIP nor PublicIPv6")
+	}
+	if a.Backend != "vxlan" {
+		return a, nil
+	}
+	if a.VTEP, err = parseVTEP("BackendData", a.Data); err != nil {
+		return Attrs{}, err
+	}
+	if a.VTEPv6, err = parseVTEP("BackendV6Data", a.DataV6); err != nil {
+		return Attrs{}, err
+	}
+	return a, nil
+}
+
+// publicIP reads an address that a node can be reached at. flannel writes an
+// absent IPv4 address as 0.0.0.0 or "".
+func publicIP(field string, s *string, f Family) (netip.Addr, error) {
+	if s == nil || *s == "" {
+		return netip.Addr{}, nil
+	}
+	a, err := netip.ParseAddr(*s)
+	if err != nil {
+		return a, fmt.Errorf("%s: %w", field, err)
+	}
+	a = a.Unmap()
+	if a.IsUnspecified() {
+		return netip.Addr{}, nil
+	}
+	if FamilyOf(a) != f || a.Zone() != "" {
+		return netip.Addr{}, fmt.Errorf("%s: %s is not an %s address", field, a, f)
+	}
+	if a.IsMulticast() || a.IsLoopback() {
+		return netip.Addr{}, fmt.Errorf("%s: %s cannot be a node's address", field, a)
+	}
+	return a, nil
+}
+
+func parseVTEP(field, data string) (VTEP, error) {
+	if data == "" || data == "null" {
+		return VTEP{}, nil
+	}
+	var v vtepValue
+	if err := json.Unmarshal([]byte(data), &v); err != nil {
+		return VTEP{}, fmt.Errorf("%s: %w", field, err)
+	}
+	mac, err := ParseMAC(v.VtepMAC)
+	if err != nil {
+		return VTEP{}, fmt.Errorf("%s: VtepMAC: %w", field, err)
+	}
+	return VTEP{VNI: v.VNI, MAC: mac}, nil
+}
+
+// ParseMAC reads a unicast Ethernet address in the usual colon form.
+func ParseMAC(s string) (MAC, error) {
+	var m MAC
+	b, err := hex.DecodeString(strings.ReplaceAll(s, ":", ""))
+	if err != nil || len(b) != len(m) || len(s) != 17 {
+		return m, fmt.Errorf("%q is not an Ethernet address like 0e:2a:00:00:00:01", s)
+	}
+	copy(m[:], b)
+	if m == (MAC{}) || m[0]&1 != 0 {
+		return MAC{}, fmt.Errorf("%s is not a unicast Ethernet address", s)
+	}
+	return m, nil
+}
+
+// Value is the stored form of a: byte for byte what flannel writes.
+func (a Attrs) Value() []byte {
+	v := leaseValue{PublicIP: new(string), BackendType: a.Backend}
+	*v.PublicIP = "0.0.0.0"
+	if a.PublicIP.IsValid() {
+		*v.PublicIP = a.PublicIP.String()
+	}
+	if a.PublicIPv6.IsValid() {
+		s := a.PublicIPv6.String()
+		v.PublicIPv6 = &s
+	}
+	if a.Data != "" {
+		v.Data = json.RawMessage(a.Data)
+	}
+	if a.DataV6 != "" {
+		v.DataV6 = json.RawMessage(a.DataV6)
+	}
+	b, err := json.Marshal(v)
+	if err != nil { // Data that is not JSON: Attrs were not made by ParseAttrs or a backend
+		panic(fmt.Sprintf("marshal lease value: %v", err))
+	}
+	return b
+}
+
+// Data returns the BackendData that publishes v.
+func (v VTEP) data() string {
+	b, err := json.Marshal(vtepValue{VNI: v.VNI, VtepMAC: v.MAC.String()})
+	if err != nil {
+		panic(fmt.Sprintf("marshal VTEP: %v", err))
+	}
+	return string(b)
+}
+
+func compact(raw json.RawMessage) string {
+	if len(raw) == 0 {
+		return ""
+	}
+	var b bytes.Buffer
+	if json.Compact(&b, raw) != nil || b.String() == "null" {
+		return ""
+	}
+	return b.String()
+}

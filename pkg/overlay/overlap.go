@@ -1,0 +1,44 @@
+package overlay
+
+import (
+	"fmt"
+	"net/netip"
+)
+
+// Bridge is the name of the bridge that the CNI plugin wires pods into.
+const Bridge = "cni0"
+
+// CheckOverlap finds the routes of others that a pod network would take traffic
+// from: those inside it, and networks on a link of this host that contain it. A
+// wider route by a gateway does no harm: pod routes are more specific.
+//
+// Routes of pods on this node (own) and those that flannel's host-gw left are no
+// strangers.
+func CheckOverlap(c Config, own Subnets, leases []*Lease, foreign []Route) []Problem {
+	gateways := make(map[netip.Prefix]netip.Addr, len(leases))
+	for _, l := range leases {
+		for _, f := range c.families() {
+			gateways[l.Subnet(f)] = l.Public(f)
+		}
+	}
+	var out []Problem
+	for _, r := range foreign {
+		f := FamilyOf(r.Dst.Addr())
+		network, ours := c.Pool(f).Network, own.Subnet(f)
+		inside := network.Bits() <= r.Dst.Bits()
+		switch {
+		case !network.IsValid() || !network.Overlaps(r.Dst):
+		case !inside && r.Gateway.IsValid():
+		case r.Link == Bridge:
+		case ours.IsValid() && ours.Overlaps(r.Dst) && ours.Bits() <= r.Dst.Bits():
+		case r.Gateway.IsValid() && gateways[r.Dst] == r.Gateway:
+		default:
+			out = append(out, Problem{
+				Object: "network " + network.String(),
+				Reason: fmt.Sprintf("overlaps a network this host already reaches: %s", r),
+				Remedy: "choose another Network in the stored configuration, or remove that route",
+			})
+		}
+	}
+	return out
+}

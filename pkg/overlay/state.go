@@ -1,0 +1,317 @@
+package overlay
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// Protocol is the rtnetlink protocol number (rtm_protocol, nh_protocol) of every
+// route and nexthop that belongs to Twill. It is how a daemon without memory
+// knows its own.
+const Protocol = 84
+
+// Alias is the ifalias of every link that belongs to Twill.
+const Alias = "twill"
+
+// MAC is an Ethernet address. An array, unlike net.HardwareAddr, compares with ==.
+type MAC [6]byte
+
+func (m MAC) String() string {
+	const hex = "0123456789abcdef"
+	b := make([]byte, 0, 17)
+	for i, x := range m {
+		if i > 0 {
+			b = append(b, ':')
+		}
+		b = append(b, hex[x>>4], hex[x&15])
+	}
+	return string(b)
+}
+
+// MarshalText makes a MAC a string in JSON.
+func (m MAC) MarshalText() ([]byte, error) { return []byte(m.String()), nil }
+
+// UnmarshalText is the inverse of MarshalText.
+func (m *MAC) UnmarshalText(text []byte) error {
+	if string(text) == (MAC{}).String() {
+		*m = MAC{}
+		return nil
+	}
+	var err error
+	*m, err = ParseMAC(string(text))
+	return err
+}
+
+// State is the part of a node's network configuration that Twill owns: either
+// what is wanted (Desired) or what the kernel has (kernel.Observe). Each slice is
+// sorted by its object's key (Normalize), so that two States are compared in
+// one walk.
+type State struct {
+	Links    []Link
+	Addrs    []Addr
+	Nexthops []Nexthop
+	Routes   []Route
+	Neighs   []Neigh
+	FDB      []FDB
+	Sysctls  []Sysctl
+	Chains   []Chain
+
+	// Foreign holds the routes of others whose destination overlaps the pod
+	// networks. Only Observe fills it; Diff never changes one of them.
+	Foreign []Route
+}
+
+// Link is a network device.
+type Link struct {
+	Name  string
+	Alias string // "twill" if the link is Twill's; empty: flannel's or a stranger's
+	Up    bool
+	MTU   int
+	MAC   MAC
+	VXLAN VXLAN
+}
+
+// VXLAN holds the parameters of a VXLAN device (ip-link(8), RFC 7348).
+type VXLAN struct {
+	VNI      uint32
+	Port     uint16     // UDP destination port
+	Local    netip.Addr // outer source address
+	Parent   string     // underlay device
+	GBP      bool       // group policy extension
+	Learning bool
+}
+
+// Addr is an address on one of our links.
+type Addr struct {
+	Link   string
+	Prefix netip.Prefix // the address itself, not masked
+}
+
+// Nexthop is a nexthop object (ip-nexthop(8)): one per peer and family, so that
+// the kernel need not search all gateways of a device for each route.
+type Nexthop struct {
+	ID      uint32
+	Gateway netip.Addr
+	Link    string
+	OnLink  bool
+}
+
+// Route is a route of the main table. It leads to a nexthop object (NH), or to
+// Gateway on Link, or nowhere (Blackhole).
+type Route struct {
+	Dst       netip.Prefix
+	Metric    uint32 // IPv6 routes: 1024 unless said otherwise
+	NH        uint32
+	Gateway   netip.Addr
+	Link      string
+	OnLink    bool
+	Blackhole bool
+	Protocol  uint8
+}
+
+// Neigh is a permanent ARP or NDP entry on one of our links.
+type Neigh struct {
+	Link string
+	IP   netip.Addr
+	MAC  MAC
+}
+
+// FDB is a permanent VXLAN forwarding entry: frames for MAC go to Dst.
+type FDB struct {
+	Link string
+	MAC  MAC
+	Dst  netip.Addr
+}
+
+// Sysctl is a file below /proc/sys, its name written with slashes. If When is set,
+// the value is only written over that old value.
+type Sysctl struct {
+	Key, Value, When string
+}
+
+func (s Sysctl) satisfiedBy(value string) bool {
+	return value == s.Value || s.When != "" && value != s.When
+}
+
+// Tool names the kernel interface that holds a Chain.
+type Tool string
+
+// The two firewall interfaces. Iptables stands for ip6tables too.
+const (
+	Iptables Tool = "iptables"
+	Nftables Tool = "nftables"
+)
+
+// Chain is a chain of firewall rules with the jump (iptables) or hook (nftables)
+// that sends packets to it.
+type Chain struct {
+	Tool   Tool
+	Family Family
+	Table  string // iptables: nat, filter; nftables: twill
+	Name   string
+	Hook   string // POSTROUTING or FORWARD
+	// Rules are in the tool's own words, without the comment that carries the
+	// hash. Observe leaves them empty: a rule is known by its Hash alone.
+	Rules []string
+	// Hash stands for all the rules in order. Observe computes it from the
+	// hashes in the rules' comments; it is empty if the jump is missing.
+	Hash string
+}
+
+// Family is an IP version.
+type Family uint8
+
+// The two families.
+const (
+	IPv4 Family = 4
+	IPv6 Family = 6
+)
+
+func (f Family) String() string { return fmt.Sprintf("IPv%d", uint8(f)) }
+
+// FamilyOf returns the family of a.
+func FamilyOf(a netip.Addr) Family {
+	if a.Is4() {
+		return IPv4
+	}
+	return IPv6
+}
+
+// Normalize sorts every slice of s by key, which Diff relies on.
+func (s *State) Normalize() {
+	sortUnlessSorted(s.Links, Link.compare)
+	sortUnlessSorted(s.Addrs, Addr.compare)
+	sortUnlessSorted(s.Nexthops, Nexthop.compare)
+	sortUnlessSorted(s.Routes, Route.compare)
+	sortUnlessSorted(s.Neighs, Neigh.compare)
+	sortUnlessSorted(s.FDB, FDB.compare)
+	sortUnlessSorted(s.Sysctls, Sysctl.compare)
+	sortUnlessSorted(s.Chains, Chain.compare)
+	sortUnlessSorted(s.Foreign, Route.compare)
+}
+
+func sortUnlessSorted[T any](s []T, compare func(a, b T) int) {
+	if !slices.IsSortedFunc(s, compare) {
+		slices.SortFunc(s, compare)
+	}
+}
+
+// The compare methods order objects by key: the part that names the object, so
+// that two objects with the same key are the same thing in two conditions.
+
+func (a Link) compare(b Link) int { return strings.Compare(a.Name, b.Name) }
+
+func (a Addr) compare(b Addr) int {
+	return cmp.Or(strings.Compare(a.Link, b.Link), a.Prefix.Addr().Compare(b.Prefix.Addr()), cmp.Compare(a.Prefix.Bits(), b.Prefix.Bits()))
+}
+
+func (a Nexthop) compare(b Nexthop) int { return cmp.Compare(a.ID, b.ID) }
+
+func (a Route) compare(b Route) int {
+	if c := a.Dst.Addr().Compare(b.Dst.Addr()); c != 0 {
+		return c
+	}
+	return cmp.Or(cmp.Compare(a.Dst.Bits(), b.Dst.Bits()), cmp.Compare(a.Metric, b.Metric))
+}
+
+func (a Neigh) compare(b Neigh) int {
+	if c := a.IP.Compare(b.IP); c != 0 {
+		return c
+	}
+	return strings.Compare(a.Link, b.Link)
+}
+
+func (a FDB) compare(b FDB) int {
+	if c := slices.Compare(a.MAC[:], b.MAC[:]); c != 0 {
+		return c
+	}
+	return strings.Compare(a.Link, b.Link)
+}
+
+func (a Sysctl) compare(b Sysctl) int { return strings.Compare(a.Key, b.Key) }
+
+func (a Chain) compare(b Chain) int {
+	return cmp.Or(cmp.Compare(a.Tool, b.Tool), cmp.Compare(a.Family, b.Family), strings.Compare(a.Table, b.Table), strings.Compare(a.Name, b.Name))
+}
+
+// The String methods print an object as the ip(8) tool and its relatives do.
+
+func (a Link) String() string {
+	s := fmt.Sprintf("link %s mtu %d address %s", a.Name, a.MTU, a.MAC)
+	if v := a.VXLAN; v.VNI != 0 {
+		s += fmt.Sprintf(" vxlan id %d dev %s local %s dstport %d", v.VNI, v.Parent, v.Local, v.Port)
+		if !v.Learning {
+			s += " nolearning"
+		}
+		if v.GBP {
+			s += " gbp"
+		}
+	}
+	if a.Alias != "" {
+		s += " alias " + a.Alias
+	}
+	if a.Up {
+		return s + " up"
+	}
+	return s + " down"
+}
+
+func (a Addr) String() string { return fmt.Sprintf("addr %s dev %s", a.Prefix, a.Link) }
+
+func (a Nexthop) String() string {
+	return fmt.Sprintf("nexthop id %d via %s dev %s%s", a.ID, a.Gateway, a.Link, onlink(a.OnLink))
+}
+
+func (a Route) String() string {
+	s := "route "
+	if a.Blackhole {
+		s += "blackhole "
+	}
+	s += a.Dst.String()
+	switch {
+	case a.NH != 0:
+		s += fmt.Sprintf(" nhid %d", a.NH)
+	case a.Gateway.IsValid():
+		s += fmt.Sprintf(" via %s dev %s%s", a.Gateway, a.Link, onlink(a.OnLink))
+	case a.Link != "":
+		s += " dev " + a.Link
+	}
+	s += fmt.Sprintf(" proto %d", a.Protocol)
+	if a.Metric != defaultMetric(a.Dst) {
+		s += fmt.Sprintf(" metric %d", a.Metric)
+	}
+	return s
+}
+
+func onlink(on bool) string {
+	if on {
+		return " onlink"
+	}
+	return ""
+}
+
+func (a Neigh) String() string {
+	return fmt.Sprintf("neigh %s lladdr %s dev %s nud permanent", a.IP, a.MAC, a.Link)
+}
+
+func (a FDB) String() string {
+	return fmt.Sprintf("fdb %s dst %s dev %s self permanent", a.MAC, a.Dst, a.Link)
+}
+
+func (s Sysctl) String() string { return fmt.Sprintf("sysctl %s=%s", s.Key, s.Value) }
+
+func (a Chain) String() string {
+	return fmt.Sprintf("%s %s table %s chain %s hook %s hash %s", a.Tool, a.Family, a.Table, a.Name, a.Hook, cmp.Or(a.Hash, "none"))
+}
+
+// defaultMetric is the priority the kernel gives a route that names none: 0 for
+// IPv4, 1024 (IP6_RT_PRIO_USER) for IPv6.
+func defaultMetric(dst netip.Prefix) uint32 {
+	if dst.Addr().Is4() {
+		return 0
+	}
+	return 1024
+}

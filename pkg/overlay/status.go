@@ -1,0 +1,70 @@
+package overlay
+
+import (
+	"net/netip"
+	"time"
+)
+
+// Status is what twilld says of itself over its local API: the whole truth that
+// netctl and /readyz are made from.
+type Status struct {
+	Version string    `json:"version"`
+	Started time.Time `json:"started"`
+	PID     int       `json:"pid"`
+
+	Ready  bool   `json:"ready"`
+	Reason string `json:"reason"` // why it is not ready; or "ok"
+
+	Store  StoreStatus `json:"store"`
+	Uplink Uplink      `json:"uplink"`
+	// Lease is the key of the node's lease, empty until there is one.
+	Lease      string         `json:"lease"`
+	PublicIP   netip.Addr     `json:"publicIP"`
+	PublicIPv6 netip.Addr     `json:"publicIPv6"`
+	Networks   []netip.Prefix `json:"networks"`
+	Subnets    []netip.Prefix `json:"subnets"`
+	Backend    string         `json:"backend"`
+	PodMTU     int            `json:"podMTU"`
+	Peers      int            `json:"peers"` // leases other than ours
+
+	Pass     PassStatus `json:"pass"`
+	Problems []Problem  `json:"problems"`
+	Drifts   uint64     `json:"drifts"` // repaired since the start
+}
+
+// StoreStatus is the state of the connection to the lease store.
+type StoreStatus struct {
+	Kind      string    `json:"kind"` // etcd
+	Endpoints []string  `json:"endpoints"`
+	Prefix    string    `json:"prefix"`
+	Connected bool      `json:"connected"`
+	Since     time.Time `json:"since"` // of being connected or not
+	Revision  int64     `json:"revision"`
+	Error     string    `json:"error,omitempty"` // the last one, while not connected
+	// CAFile, CertFile and KeyFile let netctl read the same store.
+	CAFile   string `json:"caFile,omitempty"`
+	CertFile string `json:"certFile,omitempty"`
+	KeyFile  string `json:"keyFile,omitempty"`
+	Username string `json:"username,omitempty"`
+}
+
+// PassStatus tells of the last pass of the reconcile loop.
+type PassStatus struct {
+	At       time.Time     `json:"at"`
+	Count    uint64        `json:"count"`
+	Why      string        `json:"why"` // what woke it
+	Took     time.Duration `json:"tookNanoseconds"`
+	Changes  int           `json:"changes"`
+	Failures []string      `json:"failures"` // changes the kernel refused
+	LastFull time.Time     `json:"lastFull"` // last time the whole kernel state was read
+}
+
+// Drift is one repaired deviation of the kernel from what the daemon had set.
+type Drift struct {
+	Time   time.Time `json:"time"`
+	Kind   string    `json:"kind"`   // link, addr, nexthop, route, neigh, fdb, sysctl, chain
+	What   string    `json:"what"`   // the object, in ip(8) words
+	Before string    `json:"before"` // what was found: "absent", or the object as it was
+	After  string    `json:"after"`  // what it is now: the object, or "absent"
+	Why    string    `json:"why"`    // what rang the bell
+}

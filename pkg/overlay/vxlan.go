@@ -1,0 +1,128 @@
+package overlay
+
+import (
+	"fmt"
+	"net/netip"
+)
+
+// leastMTU is what a link must carry: RFC 791 and RFC 8200, section 5.
+func leastMTU(f Family) int {
+	if f == IPv4 {
+		return 576
+	}
+	return 1280
+}
+
+// vxlan carries Ethernet frames in UDP (RFC 7348). Each peer is known by three
+// things: a route to its subnet by the gateway <first address of the subnet>, the
+// gateway's permanent neighbour entry, which gives the peer's VTEP MAC, and the
+// FDB entry of that MAC, which gives the address for the outer packet.
+type vxlan struct{ VXLANConfig }
+
+// vxlanOverhead is what is wrapped around a pod's packet, in bytes: outer IP (20
+// or 40), UDP 8, VXLAN 8, inner Ethernet 14.
+func vxlanOverhead(f Family) int {
+	if f == IPv4 {
+		return 20 + 8 + 8 + 14
+	}
+	return 40 + 8 + 8 + 14
+}
+
+func (v vxlan) overhead(f Family) int { return vxlanOverhead(f) }
+
+// VXLANLink returns the name of the VXLAN device of a family.
+func VXLANLink(f Family, vni uint32) string {
+	if f == IPv4 {
+		return fmt.Sprintf("flannel.%d", vni)
+	}
+	return fmt.Sprintf("flannel-v6.%d", vni)
+}
+
+func (v vxlan) attrs(c Config, self Self) Attrs {
+	a := Attrs{Backend: "vxlan"}
+	for _, f := range c.families() {
+		vtep := VTEP{VNI: v.VNI, MAC: self.mac(f)}
+		if f == IPv4 {
+			a.PublicIP, a.VTEP, a.Data = self.PublicIP, vtep, vtep.data()
+		} else {
+			a.PublicIPv6, a.VTEPv6, a.DataV6 = self.PublicV6, vtep, vtep.data()
+		}
+	}
+	return a
+}
+
+func (s Self) mac(f Family) MAC {
+	if f == IPv4 {
+		return s.MAC
+	}
+	return s.MACv6
+}
+
+func (a Attrs) vtep(f Family) VTEP {
+	if f == IPv4 {
+		return a.VTEP
+	}
+	return a.VTEPv6
+}
+
+func (v vxlan) own(d *draft) {
+	for _, f := range d.cfg.families() {
+		local := d.self.Uplink.V4
+		if f == IPv6 {
+			local = d.self.Uplink.V6
+		}
+		name := VXLANLink(f, v.VNI)
+		mtu := underlayMTU(d.cfg, d.self) - vxlanOverhead(f)
+		if least := leastMTU(f); mtu < least {
+			d.problem("link "+name, "raise the MTU of the uplink or Backend.MTU", "%d bytes are left for a packet of a pod, %s needs %d; outer packets will be fragmented", mtu, f, least)
+			mtu = least
+		}
+		d.state.Links = append(d.state.Links, Link{
+			Name: name, Alias: Alias, Up: true, MAC: d.self.mac(f),
+			MTU: mtu,
+			VXLAN: VXLAN{
+				VNI: v.VNI, Port: v.Port, Local: local, Parent: d.self.Uplink.Name,
+				GBP: v.GBP, Learning: v.Learning,
+			},
+		})
+		first := d.self.Subnet(f).Addr()
+		d.state.Addrs = append(d.state.Addrs, Addr{Link: name, Prefix: netip.PrefixFrom(first, first.BitLen())})
+	}
+}
+
+func (v vxlan) peer(d *draft, l *Lease, f Family) error {
+	subnet, public, vtep := l.Subnet(f), l.Public(f), l.vtep(f)
+	switch {
+	case l.Backend != "vxlan":
+		return fmt.Errorf("its backend is %q, ours is vxlan", l.Backend)
+	case !subnet.IsValid():
+		return fmt.Errorf("it has no %s subnet", f)
+	case !public.IsValid():
+		return fmt.Errorf("it publishes no %s address", f)
+	case v.DirectRouting && d.self.onLink(public):
+		d.route(subnet, public, d.self.Uplink.Name, false)
+		return nil
+	case vtep.MAC == MAC{}:
+		return fmt.Errorf("it publishes no VtepMAC for %s", f)
+	case vtep.VNI != v.VNI:
+		return fmt.Errorf("its VNI is %d, ours is %d", vtep.VNI, v.VNI)
+	case vtep.MAC == d.self.mac(f):
+		return fmt.Errorf("it publishes this node's own VtepMAC %s", vtep.MAC)
+	}
+	link := VXLANLink(f, v.VNI)
+	gateway := subnet.Addr()
+	d.state.Neighs = append(d.state.Neighs, Neigh{Link: link, IP: gateway, MAC: vtep.MAC})
+	d.state.FDB = append(d.state.FDB, FDB{Link: link, MAC: vtep.MAC, Dst: public})
+	d.route(subnet, gateway, link, true)
+	return nil
+}
+
+// onLink reports whether a needs no gateway from the uplink.
+func (s Self) onLink(a netip.Addr) bool {
+	for _, p := range s.Uplink.OnLink {
+		if p.Contains(a) {
+			return true
+		}
+	}
+	return false
+}

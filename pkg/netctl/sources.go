@@ -1,0 +1,215 @@
+package netctl
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"strings"
+	"time"
+
+	"github.com/twill-net/twill/pkg/kernel"
+	"github.com/twill-net/twill/pkg/overlay"
+	"github.com/twill-net/twill/pkg/store"
+)
+
+// Store is where the cluster's leases are.
+type Store interface {
+	Snapshot(ctx context.Context) (*overlay.Snapshot, error)
+	// Expiry returns for each lease how long it still lives. It costs a question
+	// to the store per lease.
+	Expiry(ctx context.Context, leases []*overlay.Lease) ([]time.Duration, error)
+	Close() error
+}
+
+// Kernel is the node's own network state.
+type Kernel interface {
+	Observe(ctx context.Context, scope kernel.Scope) (overlay.State, error)
+	Close() error
+}
+
+func openEtcd(c storeConfig) (Store, error) {
+	return store.OpenEtcd(store.EtcdConfig{
+		Endpoints: strings.Split(c.endpoints, ","), Prefix: c.prefix,
+		CAFile: c.caFile, CertFile: c.certFile, KeyFile: c.keyFile,
+		Username: c.username, Password: c.password,
+	})
+}
+
+func openKernel() (Kernel, error) {
+	return kernel.Open(kernel.Options{Log: slog.New(slog.DiscardHandler)})
+}
+
+// storeConfig says how to reach etcd. What is empty is taken from the daemon.
+type storeConfig struct {
+	endpoints, prefix, caFile, certFile, keyFile, username, password string
+}
+
+type storeFlag struct {
+	name, usage string
+	value       *string
+}
+
+// flags are flannel's names.
+func (c *storeConfig) flags() []storeFlag {
+	return []storeFlag{
+		{"etcd-endpoints", "comma separated `urls` of etcd; default: the store twilld uses", &c.endpoints},
+		{"etcd-prefix", "`key` prefix; default: twilld's, or " + defaultPrefix + " if --etcd-endpoints is given", &c.prefix},
+		{"etcd-cafile", "`file` of the CA that signs etcd's certificate", &c.caFile},
+		{"etcd-certfile", "`file` of the client certificate", &c.certFile},
+		{"etcd-keyfile", "`file` of the client key", &c.keyFile},
+		{"etcd-username", "etcd `user`", &c.username},
+		{"etcd-password", "etcd `password`; twilld does not tell its own", &c.password},
+	}
+}
+
+const defaultPrefix = "/coreos.com/network" // flannel's
+
+// overDaemon fills c with the daemon's settings. Endpoints that were given name
+// another store, of which the daemon knows nothing.
+func (c storeConfig) overDaemon(s overlay.StoreStatus, err error) (storeConfig, error) {
+	if c.endpoints != "" {
+		c.prefix = cmp.Or(c.prefix, defaultPrefix)
+		return c, nil
+	}
+	if err != nil {
+		return c, errors.New("where the store is, only twilld knows, which does not answer; name it with --etcd-endpoints")
+	}
+	if len(s.Endpoints) == 0 {
+		return c, errors.New("twilld does not say where its store is; name it with --etcd-endpoints")
+	}
+	c.endpoints = strings.Join(s.Endpoints, ",")
+	c.prefix = cmp.Or(c.prefix, s.Prefix, defaultPrefix)
+	c.caFile, c.certFile, c.keyFile = cmp.Or(c.caFile, s.CAFile), cmp.Or(c.certFile, s.CertFile), cmp.Or(c.keyFile, s.KeyFile)
+	c.username = cmp.Or(c.username, s.Username)
+	if c.username != "" && c.password == "" {
+		return c, fmt.Errorf("store %s wants the password of user %s; give it in FLANNELD_ETCD_PASSWORD", c.endpoints, c.username)
+	}
+	return c, nil
+}
+
+// sight is what one command sees: each part, or why it is not there.
+type sight struct {
+	status    overlay.Status
+	statusErr error
+
+	snap     *overlay.Snapshot // nil: see storeErr
+	storeErr error
+	// expiry is filled on demand, by lease.
+	expiry map[*overlay.Lease]time.Duration
+
+	self    SelfReply
+	selfErr error
+
+	have      overlay.State
+	kernelErr error
+
+	// want, plan and the problems need all of the above.
+	want     overlay.State
+	plan     overlay.Plan
+	refused  []overlay.Problem // changes that a stranger's object stands in the way of
+	problems []overlay.Problem // what else makes no sense
+}
+
+// look reads the store, the daemon and the kernel, in this order: what is newest
+// is read last, so that no lease looks lost that is only new.
+func (a *app) look(ctx context.Context, ttl bool) *sight {
+	s := &sight{}
+	client := NewClient(a.socket)
+	s.status, s.statusErr = within(ctx, a.timeout, client.Status)
+	s.storeErr = a.readStore(ctx, s, ttl)
+	if s.selfErr = s.statusErr; s.selfErr == nil {
+		s.self, s.selfErr = within(ctx, a.timeout, client.Self)
+	}
+	if s.selfErr == nil && len(s.self.Config.Networks()) == 0 {
+		s.selfErr = fmt.Errorf("twilld has not taken up a lease yet: %s", s.status.Reason)
+	}
+	if s.kernelErr = s.selfErr; s.kernelErr == nil {
+		s.have, s.kernelErr = a.observe(ctx, s.self)
+	}
+	if s.complete() {
+		s.compare()
+	}
+	return s
+}
+
+func within[T any](ctx context.Context, d time.Duration, f func(context.Context) (T, error)) (T, error) {
+	ctx, cancel := context.WithTimeout(ctx, d)
+	defer cancel()
+	return f(ctx)
+}
+
+func (a *app) readStore(ctx context.Context, s *sight, ttl bool) error {
+	cfg, err := a.etcd.overDaemon(s.status.Store, s.statusErr)
+	if err != nil {
+		return err
+	}
+	st, err := a.openStore(cfg)
+	if err != nil {
+		return fmt.Errorf("open store: %w", err)
+	}
+	defer st.Close()
+	if s.snap, err = within(ctx, a.timeout, st.Snapshot); err != nil {
+		s.snap = nil
+		return fmt.Errorf("read store: %w", err)
+	}
+	if !ttl {
+		return nil
+	}
+	left, err := within(ctx, a.timeout, func(ctx context.Context) ([]time.Duration, error) {
+		return st.Expiry(ctx, s.snap.Leases)
+	})
+	if err != nil {
+		return fmt.Errorf("read store: %w", err)
+	}
+	s.expiry = make(map[*overlay.Lease]time.Duration, len(left))
+	for i, l := range s.snap.Leases {
+		if !l.Reserved() {
+			s.expiry[l] = left[i]
+		}
+	}
+	return nil
+}
+
+func (a *app) observe(ctx context.Context, self SelfReply) (overlay.State, error) {
+	k, err := a.openKernel()
+	if err != nil {
+		return overlay.State{}, asRoot("open kernel", err)
+	}
+	defer k.Close()
+	// The sysctls that matter do not depend on leases.
+	own, _ := overlay.Desired(&overlay.Snapshot{Config: self.Config}, self.Self)
+	have, err := k.Observe(ctx, kernel.ScopeOf(self.Config, own, self.Self.Uplink))
+	if err != nil {
+		return overlay.State{}, asRoot("read kernel", err)
+	}
+	return have, nil
+}
+
+// asRoot adds the remedy if there is one.
+func asRoot(doing string, err error) error {
+	if errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("%s: %w; run netctl as root", doing, err)
+	}
+	return fmt.Errorf("%s: %w", doing, err)
+}
+
+// complete reports whether the store's and the node's view are both there.
+func (s *sight) complete() bool { return s.snap != nil && s.kernelErr == nil }
+
+// compare does what the daemon's next pass does, with the configuration that the
+// daemon runs: one that it refused is a problem, not a plan.
+func (s *sight) compare() {
+	snap := *s.snap
+	snap.Config = s.self.Config
+	s.want, s.problems = overlay.Desired(&snap, s.self.Self)
+	if err := s.self.Config.CheckTransition(s.snap.Config, s.self.Self.Subnets); s.snap.Config != s.self.Config && err != nil {
+		s.problems = append(s.problems, overlay.Problem{
+			Object: "config", Reason: "the stored configuration is not taken up: " + err.Error(), Remedy: "the running one stays in force",
+		})
+	}
+	s.plan, s.refused = overlay.Diff(s.have, s.want)
+	s.problems = append(s.problems, overlay.CheckOverlap(snap.Config, s.self.Self.Subnets, snap.Leases, s.have.Foreign)...)
+}

@@ -1,0 +1,70 @@
+package e2e
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/twill-net/twill/pkg/nettest"
+)
+
+// newCluster makes a cluster for one test. When the test ends, no log may tell of
+// a data race or a panic.
+func newCluster(t *testing.T, opts Options) (*Cluster, context.Context) {
+	t.Helper()
+	lab := nettest.NewT(t)
+	t.Cleanup(func() { checkLogs(t, lab) })
+	c, err := New(t.Context(), lab, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c, t.Context()
+}
+
+// startCluster is newCluster with every daemon running and in sync.
+func startCluster(t *testing.T, opts Options) (*Cluster, context.Context) {
+	t.Helper()
+	c, ctx := newCluster(t, opts)
+	must(t, c.Start(ctx))
+	must(t, c.WaitPeers(ctx))
+	return c, ctx
+}
+
+func checkLogs(t *testing.T, lab *nettest.Lab) {
+	logs, err := filepath.Glob(filepath.Join(lab.Dir, "log", "*"))
+	if err != nil || len(logs) == 0 {
+		t.Errorf("no logs in %s: %v", lab.Dir, err)
+	}
+	for _, file := range logs {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Error(err)
+		}
+		for _, bad := range []string{"DATA RACE", "panic: ", "goroutine 1 ["} {
+			if strings.Contains(string(b), bad) {
+				t.Errorf("%s tells of %q", filepath.Base(file), bad)
+			}
+		}
+	}
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// onePod adds a pod to each node.
+func onePod(t *testing.T, c *Cluster) []*Pod {
+	t.Helper()
+	var pods []*Pod
+	for _, n := range c.Nodes {
+		p, err := n.AddPod("p1")
+		must(t, err)
+		pods = append(pods, p)
+	}
+	return pods
+}

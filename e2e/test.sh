@@ -1,0 +1,30 @@
+#!/bin/bash
+# Runs all tests and counts them. The daemons that the end-to-end tests start are
+# built with the race detector, too. Arguments go to `go test`.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+mkdir -p build
+log=build/test.log
+: >$log
+
+status=0
+run() { # one line per package and per failure on the terminal, everything in the log
+	go test -v -count=1 -timeout 40m "$@" 2>&1 | tee -a $log |
+		grep --line-buffered -E '^(ok|FAIL|panic:|\?)|--- (FAIL|SKIP)|^    [a-z0-9_]+_test\.go:|DATA RACE' || true
+	return "${PIPESTATUS[0]}"
+}
+# A package at a time: they share two cores, and a loaded machine is a bad stopwatch.
+run -p 1 -race "$@" ./pkg/... ./plugins/... ./daemon/... ./e2e/layers ./e2e/lab || status=1
+
+mkdir -p build/race
+go build -race -o build/race/ ./daemon/cmd/twilld ./daemon/cmd/netctl ./plugins/twill
+go build -o build/race/ ./e2e/lab
+TWILL_BIN_DIR="$PWD/build/race" TWILL_ETCD34="$PWD/build/etcd-3.4/usr/bin/etcd" run -race "$@" ./e2e || status=1
+
+passed=$(grep -cE '^ *--- PASS' $log || true)
+failed=$(grep -cE '^ *--- FAIL' $log || true)
+skipped=$(grep -cE '^ *--- SKIP' $log || true)
+[ "$passed" -gt 0 ] || { echo "no test ran"; status=1; }
+echo
+echo "$passed passed, $failed failed, $skipped skipped"
+exit $status

@@ -1,8 +1,10 @@
 package overlay
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 )
@@ -51,7 +53,7 @@ func (c Claim) Next(cfg Config, leases []*Lease, draw func(n int) int) (Step, er
 	}
 	why := "no lease has this node's address " + c.Attrs.address().String()
 	if taken := overlapping(leases, c.Prefer); taken != nil {
-		why = fmt.Sprintf("the former subnet %s is leased to %s now", c.Prefer.Key(), taken.address())
+		why = fmt.Sprintf("the former subnet %s is taken: %s", c.Prefer.Key(), taken.holder())
 	}
 	n, err := cfg.pick(leases, c.Prefer, draw)
 	if err != nil {
@@ -66,7 +68,7 @@ func (c Claim) Next(cfg Config, leases []*Lease, draw func(n int) int) (Step, er
 // keep decides on a lease that bears our address.
 func (c Claim) keep(cfg Config, own, winner *Lease) (Step, error) {
 	if winner != nil {
-		return Step{Act: Remove, Lease: *own, Why: fmt.Sprintf("%s holds the overlapping older lease %s", winner.address(), winner.Key())}, nil
+		return Step{Act: Remove, Lease: *own, Why: "it overlaps an older lease: " + winner.holder()}, nil
 	}
 	if err := cfg.Check(own.Subnets); err != nil {
 		return Step{Act: Remove, Lease: *own, Why: err.Error()}, nil
@@ -89,7 +91,7 @@ func (c Claim) keep(cfg Config, own, winner *Lease) (Step, error) {
 func (c Claim) own(leases []*Lease) *Lease {
 	var best *Lease
 	for _, l := range leases {
-		mine := l.address() == c.Attrs.address()
+		mine := l.address().IsValid() && l.address() == c.Attrs.address()
 		if l.Subnets == c.Prefer {
 			if c.lastOurs(l) || mine && !(c.Held && c.defeated(l)) || c.Held && l.Err != nil {
 				return l
@@ -134,31 +136,56 @@ func (c Claim) better(a, b *Lease) bool {
 	return a.Created < b.Created
 }
 
-// losers maps each lease that overlaps another to the one with the better claim:
-// the older key, or the lower one if both are of one revision. Every node comes
-// to the same verdict, flannel's excepted.
+// losers maps each lease that has to give way to the one it overlaps: the oldest
+// key stands, then the next oldest that overlaps none that stands, and so on; of
+// two keys of one revision the lower is the older. Every node comes to the same
+// verdict, flannel's excepted.
 func losers(leases []*Lease) map[*Lease]*Lease {
-	lost := map[*Lease]*Lease{}
+	rivals := map[*Lease][]*Lease{}
 	for _, f := range []Family{IPv4, IPv6} {
-		sorted := leases
-		if f == IPv6 {
-			sorted = slices.DeleteFunc(slices.Clone(leases), func(l *Lease) bool { return !l.V6.IsValid() })
-			sortUnlessSorted(sorted, func(a, b *Lease) int { return comparePrefix(a.V6, b.V6) })
+		// Prefixes are disjoint or nested; around holds those that enclose l.
+		var around []*Lease
+		for _, l := range ordered(leases, f) {
+			for len(around) > 0 && !around[len(around)-1].Subnet(f).Overlaps(l.Subnet(f)) {
+				around = around[:len(around)-1]
+			}
+			for _, a := range around {
+				rivals[a] = append(rivals[a], l)
+				rivals[l] = append(rivals[l], a)
+			}
+			around = append(around, l)
 		}
-		var winner *Lease
-		for _, l := range sorted {
-			switch {
-			case winner == nil || !winner.Subnet(f).Overlaps(l.Subnet(f)):
-				winner = l
-			case winner.Created < l.Created || winner.Created == l.Created && winner.Compare(l.Subnets) < 0:
-				lost[l] = winner
-			default:
-				lost[winner] = l
-				winner = l
+	}
+	lost := make(map[*Lease]*Lease, len(rivals))
+	for _, l := range slices.SortedFunc(maps.Keys(rivals), (*Lease).compareAge) {
+		for _, r := range rivals[l] {
+			if r.compareAge(l) < 0 && lost[r] == nil {
+				lost[l] = r
+				break
 			}
 		}
 	}
 	return lost
+}
+
+func (l *Lease) compareAge(o *Lease) int {
+	return cmp.Or(cmp.Compare(l.Created, o.Created), l.Compare(o.Subnets))
+}
+
+// ordered returns the leases that have a subnet of a family in its order; those
+// of a Snapshot are in that of IPv4.
+func ordered(leases []*Lease, f Family) []*Lease {
+	if f == IPv4 {
+		return leases
+	}
+	var out []*Lease
+	for _, l := range leases {
+		if l.V6.IsValid() {
+			out = append(out, l)
+		}
+	}
+	slices.SortFunc(out, func(a, b *Lease) int { return comparePrefix(a.V6, b.V6) })
+	return out
 }
 
 func overlapping(leases []*Lease, n Subnets) *Lease {

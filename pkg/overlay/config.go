@@ -1,12 +1,15 @@
 package overlay
 
 import (
+	"cmp"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"math"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -163,7 +166,7 @@ func (k *keys) pool(f Family, enabled bool, r poolRules) Pool {
 	var length int
 	name := func(s string) string { return r.prefix + s }
 	k.get(name("Network"), &network, "must be a CIDR")
-	k.get(name("SubnetLen"), &length, "must be a number")
+	k.get(name("SubnetLen"), &length, "must be a whole number")
 	k.get(name("SubnetMin"), &lo, "must be an address")
 	k.get(name("SubnetMax"), &hi, "must be an address")
 	if !enabled || k.err != nil {
@@ -219,7 +222,6 @@ func (k *keys) backend() BackendConfig {
 		boolean = "must be true or false"
 		text    = "must be a string"
 		port    = "must be 0..65535"
-		mtu     = "must be 0..65535 bytes"
 	)
 	b := BackendConfig{
 		UDPPort:   8285,
@@ -265,7 +267,7 @@ func (k *keys) backend() BackendConfig {
 		k.get("ESPProposal", &s.ESPProposal, text)
 		k.get("PSK", &s.PSK, text)
 		if len(s.PSK) < 96 {
-			k.fail("PSK", "(hidden)", "must have at least 96 characters")
+			k.fail("PSK", shown("PSK", nil), "must have at least 96 characters")
 		}
 	case "extension":
 		e := &b.Extension
@@ -293,30 +295,46 @@ type keys struct {
 
 func object(path string, data []byte) (*keys, error) {
 	k := &keys{path: path}
-	if err := json.Unmarshal(data, &k.raw); err != nil || k.raw == nil {
-		what := strings.TrimSuffix(path, ".")
-		if what == "" {
-			what = "network configuration"
-		}
-		if err == nil {
-			err = fmt.Errorf("it is null")
-		}
-		return nil, fmt.Errorf("%s is not a JSON object: %w", what, err)
+	err := json.Unmarshal(data, &k.raw)
+	if err == nil && k.raw != nil {
+		return k, nil
 	}
-	return k, nil
+	what := cmp.Or(strings.TrimSuffix(path, "."), "network configuration")
+	var syntax *json.SyntaxError
+	if errors.As(err, &syntax) {
+		return nil, fmt.Errorf("%s is not JSON: %w", what, err)
+	}
+	return nil, fmt.Errorf("%s: %.40s: must be a JSON object {…}", what, data)
 }
 
 // get reads the key into a variable, which keeps its value if the key is absent.
+// Two spellings of one key would leave it to chance which one counts.
 func (k *keys) get(name string, into any, rule string) {
-	for key, raw := range k.raw {
-		if !strings.EqualFold(key, name) {
-			continue
-		}
-		delete(k.raw, key)
-		if k.err == nil && json.Unmarshal(raw, into) != nil {
-			k.fail(name, string(raw), rule)
+	var found []string
+	for key := range k.raw {
+		if strings.EqualFold(key, name) {
+			found = append(found, key)
 		}
 	}
+	if len(found) > 1 {
+		slices.Sort(found)
+		k.fail(name, json.RawMessage(strings.Join(found, ", ")), "must be given once, in one spelling")
+	}
+	for _, key := range found {
+		raw := k.raw[key]
+		delete(k.raw, key)
+		if k.err == nil && json.Unmarshal(raw, into) != nil {
+			k.fail(name, shown(name, raw), rule)
+		}
+	}
+}
+
+// shown is a value as an error may print it: not a secret.
+func shown(name string, raw json.RawMessage) json.RawMessage {
+	if name == "PSK" || strings.HasPrefix(name, "AccessKey") {
+		return json.RawMessage("(not shown)")
+	}
+	return raw
 }
 
 // number reads a whole number within bounds.
@@ -348,6 +366,12 @@ func (k *keys) accept(names ...string) {
 }
 
 func (k *keys) fail(name string, value any, rule string) Pool {
+	switch v := value.(type) {
+	case string:
+		value = strconv.Quote(v)
+	case json.RawMessage:
+		value = string(v)
+	}
 	if k.err == nil {
 		k.err = fmt.Errorf("%s%s: %v: %s", k.path, name, value, rule)
 	}

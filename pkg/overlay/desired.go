@@ -1,6 +1,7 @@
 package overlay
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -90,11 +91,20 @@ func PodMTU(c Config, self Self) (int, error) {
 	}
 	mtu := 0
 	for _, f := range c.families() {
-		if m := underlayMTU(c, self) - b.overhead(f); mtu == 0 || m < mtu {
+		if m := max(underlayMTU(c, self)-b.overhead(f), leastMTU(f)); mtu == 0 || m < mtu {
 			mtu = m
 		}
 	}
 	return mtu, nil
+}
+
+// leastMTU is what a link must carry: RFC 791 and RFC 8200, section 5. An underlay
+// that leaves less has to fragment the outer packets.
+func leastMTU(f Family) int {
+	if f == IPv4 {
+		return 576
+	}
+	return 1280
 }
 
 func underlayMTU(c Config, self Self) int {
@@ -134,6 +144,7 @@ func (a Attrs) Public(f Family) netip.Addr {
 type draft struct {
 	cfg      Config
 	self     Self
+	families []Family // in use, and with a subnet of ours
 	state    State
 	problems []Problem
 }
@@ -146,14 +157,22 @@ func (d *draft) problem(object, remedy, format string, args ...any) {
 // makes no sense is a Problem and costs nobody else anything.
 func Desired(snap *Snapshot, self Self) (State, []Problem) {
 	n := len(snap.Leases)
-	d := &draft{cfg: snap.Config, self: self, problems: slices.Clone(snap.Problems), state: State{
-		Nexthops: make([]Nexthop, 0, n), Routes: make([]Route, 0, n), Neighs: make([]Neigh, 0, n), FDB: make([]FDB, 0, n),
-	}}
+	d := &draft{cfg: snap.Config, self: self, problems: slices.Clone(snap.Problems)}
 	b, err := snap.Config.backend()
 	if err != nil {
 		d.problem("config", "", "%v", err)
 		return State{}, d.problems
 	}
+	for _, f := range snap.Config.families() {
+		if self.Subnet(f).IsValid() {
+			d.families = append(d.families, f)
+		} else {
+			d.problem("lease "+self.Key(), "", "has no %s subnet, so there is no %s for pods", f, f)
+		}
+	}
+	n *= len(d.families)
+	d.state.Nexthops, d.state.Routes = make([]Nexthop, 0, n), make([]Route, 0, n)
+	d.state.Neighs, d.state.FDB = make([]Neigh, 0, n), make([]FDB, 0, n)
 	b.own(d)
 	d.node()
 	lost := losers(snap.Leases)
@@ -161,13 +180,13 @@ func Desired(snap *Snapshot, self Self) (State, []Problem) {
 		d.peer(b, l, lost[l])
 	}
 	d.state.Normalize()
-	d.dropTwins()
+	d.dropTwins(snap.Leases)
 	return d.state, d.problems
 }
 
 // node adds what the node needs whatever the backend.
 func (d *draft) node() {
-	for _, f := range d.cfg.families() {
+	for _, f := range d.families {
 		if f == IPv4 {
 			d.state.Sysctls = append(d.state.Sysctls, Sysctl{Key: "net/ipv4/ip_forward", Value: "1"})
 		} else {
@@ -189,26 +208,53 @@ func (d *draft) node() {
 // peer adds the objects of one lease. winner is the lease that has the better
 // claim to the same addresses, if there is one.
 func (d *draft) peer(b backend, l, winner *Lease) {
-	object := "lease " + l.Key()
+	problem := func(remedy, format string, args ...any) { d.problem("lease "+l.Key(), remedy, format, args...) }
 	own := l.Subnets == d.self.Subnets
 	switch {
 	case winner != nil && own:
-		d.problem(object, "twilld moves to another subnet", "this node's subnet is also leased by %s as %s, which is the older lease", winner.address(), winner.Key())
+		problem("twilld moves to another subnet", "this node's subnet overlaps an older lease: %s", winner.holder())
 	case winner != nil:
-		d.problem(object, "the node takes another subnet by itself if it runs twilld; else delete its key", "subnet of %s is also leased by %s as %s, which is the older lease", l.address(), winner.address(), winner.Key())
+		problem("the node takes another subnet by itself if it runs twilld; else delete its key", "overlaps an older lease: %s", winner.holder())
 	case own:
 	case l.Err != nil:
-		d.problem(object, "restart the node's daemon or correct the key's value", "%v", l.Err)
+		problem("restart the node's daemon or correct the key's value", "%v", l.Err)
 	case l.Backend == "" && l.Reserved(): // nobody lives there yet
 	case l.address() == d.self.address():
-		d.problem(object, "delete the key, or give one of the nodes another address", "says that its node is at %s, which is this node's address", l.address())
+		problem("delete the key, or give one of the nodes another address", "says that its node is at %s, which is this node's address", l.address())
 	default:
-		for _, f := range d.cfg.families() {
-			if err := b.peer(d, l, f); err != nil {
-				d.problem(object, "", "%s peer %s: %v", f, l.address(), err)
+		for _, f := range d.families {
+			err := d.reasonable(l, f)
+			if err == nil {
+				err = b.peer(d, l, f)
+			}
+			if err != nil {
+				problem("", "%s peer %s: %v", f, l.address(), err)
 			}
 		}
 	}
+}
+
+// reasonable refuses a peer whose route would do harm to others: it would take
+// the traffic to nodes, or to far more than pods. A subnet beside the network is
+// well: the network may just be on its way to a wider one, node by node.
+func (d *draft) reasonable(l *Lease, f Family) error {
+	subnet, network := l.Subnet(f), d.cfg.Pool(f).Network
+	switch {
+	case !subnet.IsValid():
+		return fmt.Errorf("it has no %s subnet", f)
+	case !l.Public(f).IsValid():
+		return fmt.Errorf("it publishes no %s address", f)
+	case subnet.Bits() < network.Bits():
+		return fmt.Errorf("its subnet is wider than the whole network %s", network)
+	case subnet.Contains(l.Public(f)):
+		return fmt.Errorf("its address %s lies in its own subnet", l.Public(f))
+	}
+	for _, p := range d.self.Uplink.OnLink {
+		if subnet.Overlaps(p) {
+			return fmt.Errorf("its subnet overlaps %s, the network of this node's uplink", p)
+		}
+	}
+	return nil
 }
 
 // address identifies the node that holds the lease.
@@ -252,8 +298,11 @@ func (d *draft) nexthopID(dst netip.Prefix) (uint32, bool) {
 }
 
 // dropTwins keeps one of several FDB entries for the same MAC: two nodes that
-// publish the same VTEP address cannot both be reached.
-func (d *draft) dropTwins() {
+// publish the same VTEP address cannot both be reached. The younger lease is more
+// likely to have somebody behind it: a node that comes back with another IP
+// address has a lease under its old one for a day.
+func (d *draft) dropTwins(leases []*Lease) {
+	var created map[netip.Addr]int64 // the youngest lease of each node
 	kept := d.state.FDB[:0]
 	for _, e := range d.state.FDB {
 		last := len(kept) - 1
@@ -262,11 +311,28 @@ func (d *draft) dropTwins() {
 			continue
 		}
 		a, b := kept[last].Dst, e.Dst
-		if b.Less(a) {
+		if a == b { // one node with two leases
+			continue
+		}
+		if created == nil {
+			created = newest(leases, d.families)
+		}
+		if c := cmp.Compare(created[b], created[a]); c > 0 || c == 0 && b.Less(a) {
 			a, b = b, a
 			kept[last] = e
 		}
-		d.problem("fdb "+e.MAC.String(), "delete the link on one of the two and restart its daemon", "%s and %s publish the same VtepMAC; only %s is reached", a, b, a)
+		d.problem("fdb "+e.MAC.String(), "delete the link on one of the two and restart its daemon", "%s and %s publish the same VtepMAC; only %s is reached, whose lease is younger", a, b, a)
 	}
 	d.state.FDB = kept
+}
+
+// newest maps each public address to the creation of its youngest lease.
+func newest(leases []*Lease, families []Family) map[netip.Addr]int64 {
+	out := map[netip.Addr]int64{}
+	for _, l := range leases {
+		for _, f := range families {
+			out[l.Public(f)] = max(out[l.Public(f)], l.Created)
+		}
+	}
+	return out
 }

@@ -57,8 +57,8 @@ func Diff(have, want State) (Plan, []Problem) {
 	if p := foreignLinks(have.Links, want.Links); len(p) > 0 {
 		return nil, p
 	}
-	have = withoutLost(have, want)
-	routes, problems := adoptable(have, want)
+	have = withoutLost(withoutStrangers(have, want), want)
+	have, want, problems := adopt(have, want)
 
 	var fresh, stale Plan
 	compareAll(&fresh, &stale, have.Sysctls, want.Sysctls, Sysctl.compare, func(h, w Sysctl) bool { return w.satisfiedBy(h.Value) })
@@ -68,7 +68,7 @@ func Diff(have, want State) (Plan, []Problem) {
 	compareAll(&fresh, &stale, have.Nexthops, want.Nexthops, Nexthop.compare, same)
 	compareAll(&fresh, &stale, have.Neighs, want.Neighs, Neigh.compare, same)
 	compareAll(&fresh, &stale, have.FDB, want.FDB, FDB.compare, same)
-	compareAll(&fresh, &stale, have.Routes, routes, Route.compare, same)
+	compareAll(&fresh, &stale, have.Routes, want.Routes, Route.compare, same)
 	slices.Reverse(stale)
 	return append(fresh, stale...), problems
 }
@@ -134,9 +134,38 @@ func foreignLinks(have, want []Link) []Problem {
 	return out
 }
 
+// withoutStrangers leaves out of have the links that are neither wanted nor ours
+// (flannel's of another VNI) and what is on them. Their routes join the foreign
+// ones.
+func withoutStrangers(have, want State) State {
+	stranger := map[string]bool{}
+	for _, h := range have.Links {
+		if !h.Ours() && !slices.ContainsFunc(want.Links, func(w Link) bool { return w.Name == h.Name }) {
+			stranger[h.Name] = true
+		}
+	}
+	if len(stranger) == 0 {
+		return have
+	}
+	isForeign := func(r Route) bool { return stranger[r.Link] && r.Protocol != Protocol }
+	have.Foreign = slices.Clone(have.Foreign)
+	for _, r := range have.Routes {
+		if isForeign(r) {
+			have.Foreign = append(have.Foreign, r)
+		}
+	}
+	have.Routes = without(have.Routes, isForeign)
+	have.Links = without(have.Links, func(l Link) bool { return stranger[l.Name] })
+	have.Addrs = without(have.Addrs, func(a Addr) bool { return stranger[a.Link] })
+	have.Neighs = without(have.Neighs, func(n Neigh) bool { return stranger[n.Link] })
+	have.FDB = without(have.FDB, func(f FDB) bool { return stranger[f.Link] })
+	return have
+}
+
 // withoutLost leaves out of have what the link changes of this very plan will
-// make the kernel drop: everything on a link that is made anew or comes up, and
-// the neighbours of one whose MAC or up flag changes.
+// make the kernel drop: everything on a link that is made anew, and the
+// neighbours of one whose MAC changes. (A link that is down has lost its routes
+// and neighbours already.)
 func withoutLost(have, want State) State {
 	for _, w := range want.Links {
 		i := slices.IndexFunc(have.Links, func(h Link) bool { return h.Name == w.Name })
@@ -149,7 +178,9 @@ func withoutLost(have, want State) State {
 			have.FDB = without(have.FDB, func(f FDB) bool { return f.Link == w.Name })
 			gone := map[uint32]bool{}
 			for _, n := range have.Nexthops {
-				gone[n.ID] = gone[n.ID] || n.Link == w.Name
+				if n.Link == w.Name {
+					gone[n.ID] = true
+				}
 			}
 			have.Nexthops = without(have.Nexthops, func(n Nexthop) bool { return n.Link == w.Name })
 			have.Routes = without(have.Routes, func(r Route) bool { return r.Link == w.Name || gone[r.NH] })
@@ -165,38 +196,52 @@ func without[T any](s []T, drop func(T) bool) []T {
 	return slices.DeleteFunc(slices.Clone(s), drop)
 }
 
-// adoptable returns the wanted routes whose key no stranger holds. A stranger's
-// route to the same gateway is taken over: flannel left it.
-func adoptable(have, want State) ([]Route, []Problem) {
-	if len(have.Foreign) == 0 {
-		return want.Routes, nil
-	}
+// adopt settles the places where a stranger's route stands. One to the same
+// gateway was left by flannel: it counts as ours, and changes into ours in one
+// step. Any other is a Problem, and its place is left as it is.
+func adopt(have, want State) (State, State, []Problem) {
+	var adopted []Route
 	var problems []Problem
-	foreign := make(map[Route]Route, len(have.Foreign))
+	blocked := map[Route]bool{}
 	for _, f := range have.Foreign {
-		foreign[routeKey(f)] = f
-	}
-	gateways := make(map[uint32]netip.Addr, len(want.Nexthops))
-	for _, n := range want.Nexthops {
-		gateways[n.ID] = n.Gateway
-	}
-	routes := without(want.Routes, func(w Route) bool {
-		f, taken := foreign[routeKey(w)]
-		gateway := w.Gateway
-		if w.NH != 0 {
-			gateway = gateways[w.NH]
+		i, clash := slices.BinarySearchFunc(want.Routes, f, Route.compare)
+		if !clash {
+			continue
 		}
-		if !taken || f.Gateway.IsValid() && f.Gateway == gateway {
-			return false
+		_, both := slices.BinarySearchFunc(have.Routes, f, Route.compare)
+		if !both && f.Gateway.IsValid() && f.Gateway == want.gateway(want.Routes[i]) {
+			adopted = append(adopted, f)
+			continue
 		}
+		blocked[routeKey(f)] = true
 		problems = append(problems, Problem{
-			Object: "route " + w.Dst.String(),
+			Object: "route " + f.Dst.String(),
 			Reason: fmt.Sprintf("another program's route stands at the same place: %s", f),
 			Remedy: fmt.Sprintf("remove it (ip route delete %s proto %d), then Twill adds its own", f.Dst, f.Protocol),
 		})
-		return true
-	})
-	return routes, problems
+	}
+	if len(blocked) > 0 {
+		isBlocked := func(r Route) bool { return blocked[routeKey(r)] }
+		have.Routes, want.Routes = without(have.Routes, isBlocked), without(want.Routes, isBlocked)
+		adopted = slices.DeleteFunc(adopted, isBlocked)
+	}
+	if len(adopted) > 0 {
+		have.Routes = slices.Concat(have.Routes, adopted)
+		slices.SortFunc(have.Routes, Route.compare)
+	}
+	return have, want, problems
 }
 
 func routeKey(r Route) Route { return Route{Dst: r.Dst, Metric: r.Metric} }
+
+// gateway is where a route leads, by its nexthop object if it has one.
+func (s *State) gateway(r Route) netip.Addr {
+	if r.NH == 0 {
+		return r.Gateway
+	}
+	i, ok := slices.BinarySearchFunc(s.Nexthops, Nexthop{ID: r.NH}, Nexthop.compare)
+	if !ok {
+		return netip.Addr{}
+	}
+	return s.Nexthops[i].Gateway
+}

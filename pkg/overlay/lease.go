@@ -1,7 +1,6 @@
 package overlay
 
 import (
-	"bytes"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
@@ -27,6 +26,14 @@ type Lease struct {
 
 // Reserved reports whether the lease never expires.
 func (l *Lease) Reserved() bool { return l.Grant == 0 }
+
+// holder names the lease and its node.
+func (l *Lease) holder() string {
+	if l.Err != nil {
+		return l.Key() + ", whose value does not parse"
+	}
+	return l.Key() + " of " + l.address().String()
+}
 
 // Attrs is what a node publishes: the value of its lease. Comparable.
 type Attrs struct {
@@ -71,16 +78,26 @@ func ParseKey(key string) (Subnets, error) {
 		return Subnets{}, fmt.Errorf("key %q: %w", key, err)
 	}
 	if m[3] == "" {
-		return Subnets{V4: v4}, nil
+		return canonical(key, Subnets{V4: v4})
 	}
 	v6, err := keyPrefix(m[3], m[4], 127)
 	if err != nil {
 		return Subnets{}, fmt.Errorf("key %q: %w", key, err)
 	}
-	if !v6.Addr().Is6() || v6.Addr().Is4In6() {
+	if v6.Addr().Is4In6() {
 		return Subnets{}, fmt.Errorf("key %q: %s is not an IPv6 subnet", key, v6)
 	}
-	return Subnets{V4: v4, V6: v6}, nil
+	return canonical(key, Subnets{V4: v4, V6: v6})
+}
+
+// canonical refuses the other spellings of a key (leading zeros, an uncompressed
+// IPv6 address): they could not be written back, and two of them would be two
+// leases of one name.
+func canonical(key string, n Subnets) (Subnets, error) {
+	if want := n.Key(); want != key {
+		return Subnets{}, fmt.Errorf("key %q is not how the subnet %s is written", key, want)
+	}
+	return n, nil
 }
 
 func keyPrefix(addr, bits string, longest int) (netip.Prefix, error) {
@@ -154,7 +171,7 @@ func publicIP(field string, s *string, f Family) (netip.Addr, error) {
 	if FamilyOf(a) != f || a.Zone() != "" {
 		return netip.Addr{}, fmt.Errorf("%s: %s is not an %s address", field, a, f)
 	}
-	if a.IsMulticast() || a.IsLoopback() {
+	if !a.IsGlobalUnicast() && !(a.Is4() && a.IsLinkLocalUnicast()) {
 		return netip.Addr{}, fmt.Errorf("%s: %s cannot be a node's address", field, a)
 	}
 	return a, nil
@@ -179,10 +196,12 @@ func parseVTEP(field, data string) (VTEP, error) {
 func ParseMAC(s string) (MAC, error) {
 	var m MAC
 	b, err := hex.DecodeString(strings.ReplaceAll(s, ":", ""))
-	if err != nil || len(b) != len(m) || len(s) != 17 {
-		return m, fmt.Errorf("%q is not an Ethernet address like 0e:2a:00:00:00:01", s)
+	if err == nil {
+		copy(m[:], b)
 	}
-	copy(m[:], b)
+	if err != nil || m.String() != strings.ToLower(s) {
+		return MAC{}, fmt.Errorf("%q is not an Ethernet address like 0e:2a:00:00:00:01", s)
+	}
 	if m == (MAC{}) || m[0]&1 != 0 {
 		return MAC{}, fmt.Errorf("%s is not a unicast Ethernet address", s)
 	}
@@ -213,7 +232,7 @@ func (a Attrs) Value() []byte {
 	return b
 }
 
-// Data returns the BackendData that publishes v.
+// data returns the BackendData that publishes v.
 func (v VTEP) data() string {
 	b, err := json.Marshal(vtepValue{VNI: v.VNI, VtepMAC: v.MAC.String()})
 	if err != nil {
@@ -222,13 +241,12 @@ func (v VTEP) data() string {
 	return string(b)
 }
 
+// compact returns JSON as Value writes it, so that what is read and what is to
+// be written compare with ==.
 func compact(raw json.RawMessage) string {
-	if len(raw) == 0 {
+	b, err := json.Marshal(raw)
+	if err != nil || string(b) == "null" {
 		return ""
 	}
-	var b bytes.Buffer
-	if json.Compact(&b, raw) != nil || b.String() == "null" {
-		return ""
-	}
-	return b.String()
+	return string(b)
 }

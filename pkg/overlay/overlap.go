@@ -9,8 +9,9 @@ import (
 const Bridge = "cni0"
 
 // CheckOverlap finds the routes of others that a pod network would take traffic
-// from: those inside it, and networks on a link of this host that contain it. A
-// wider route by a gateway does no harm: pod routes are more specific.
+// from: those inside it, and networks on a link of this host that contain it. Any
+// other wider route, by a gateway or to a blackhole, does no harm: pod routes are
+// more specific.
 //
 // Routes of pods on this node (own) and those that flannel's host-gw left are no
 // strangers.
@@ -28,7 +29,7 @@ func CheckOverlap(c Config, own Subnets, leases []*Lease, foreign []Route) []Pro
 		inside := network.Bits() <= r.Dst.Bits()
 		switch {
 		case !network.IsValid() || !network.Overlaps(r.Dst):
-		case !inside && r.Gateway.IsValid():
+		case !inside && (r.Gateway.IsValid() || r.Link == ""):
 		case r.Link == Bridge:
 		case ours.IsValid() && ours.Overlaps(r.Dst) && ours.Bits() <= r.Dst.Bits():
 		case r.Gateway.IsValid() && gateways[r.Dst] == r.Gateway:

@@ -138,22 +138,12 @@ func (r UplinkRules) usable(i Iface) (Uplink, error) {
 	if !i.Up {
 		return u, fmt.Errorf("is down")
 	}
-	u.V4, u.V6 = i.address(IPv4), i.address(IPv6)
-	// --iface may name one address out of several on the interface.
-	for _, name := range r.Names {
-		if a, err := netip.ParseAddr(name); err == nil && i.named(name) {
-			if a.Is4() {
-				u.V4 = a
-			} else {
-				u.V6 = a
-			}
-		}
-	}
+	u.V4, u.V6 = r.address(i, IPv4), r.address(i, IPv6)
 	if r.IPv4 && !u.V4.IsValid() {
-		return u, fmt.Errorf("has no IPv4 address")
+		return u, fmt.Errorf("has no usable IPv4 address")
 	}
 	if r.IPv6 && !u.V6.IsValid() {
-		return u, fmt.Errorf("has no global IPv6 address")
+		return u, fmt.Errorf("has no usable global IPv6 address")
 	}
 	for _, a := range i.Addrs {
 		if p := a.Prefix.Masked(); !p.IsSingleIP() && !p.Addr().IsLinkLocalUnicast() && !slices.Contains(u.OnLink, p) {
@@ -163,7 +153,18 @@ func (r UplinkRules) usable(i Iface) (Uplink, error) {
 	return u, nil
 }
 
-// address returns the address by which the node is known in a family. A single
+// address returns the address by which the node is known in a family: the first
+// that --iface names, out of several on the interface, else the interface's own.
+func (r UplinkRules) address(i Iface, f Family) netip.Addr {
+	for _, name := range r.Names {
+		if a, err := netip.ParseAddr(name); err == nil && FamilyOf(a) == f && a.IsGlobalUnicast() && i.named(name) {
+			return a
+		}
+	}
+	return i.address(f)
+}
+
+// address returns the interface's address in a family. A single
 // host address (/32, /128) beside a real one is a virtual IP that moves between
 // nodes (keepalived), never the node's own.
 func (i Iface) address(f Family) netip.Addr {

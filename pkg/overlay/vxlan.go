@@ -5,14 +5,6 @@ import (
 	"net/netip"
 )
 
-// leastMTU is what a link must carry: RFC 791 and RFC 8200, section 5.
-func leastMTU(f Family) int {
-	if f == IPv4 {
-		return 576
-	}
-	return 1280
-}
-
 // vxlan carries Ethernet frames in UDP (RFC 7348). Each peer is known by three
 // things: a route to its subnet by the gateway <first address of the subnet>, the
 // gateway's permanent neighbour entry, which gives the peer's VTEP MAC, and the
@@ -66,7 +58,7 @@ func (a Attrs) vtep(f Family) VTEP {
 }
 
 func (v vxlan) own(d *draft) {
-	for _, f := range d.cfg.families() {
+	for _, f := range d.families {
 		local := d.self.Uplink.V4
 		if f == IPv6 {
 			local = d.self.Uplink.V6
@@ -95,10 +87,6 @@ func (v vxlan) peer(d *draft, l *Lease, f Family) error {
 	switch {
 	case l.Backend != "vxlan":
 		return fmt.Errorf("its backend is %q, ours is vxlan", l.Backend)
-	case !subnet.IsValid():
-		return fmt.Errorf("it has no %s subnet", f)
-	case !public.IsValid():
-		return fmt.Errorf("it publishes no %s address", f)
 	case v.DirectRouting && d.self.onLink(public):
 		d.route(subnet, public, d.self.Uplink.Name, false)
 		return nil

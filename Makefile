@@ -1,0 +1,65 @@
+# Twill. `make` alone lists what there is to do.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+BIN     := build/bin
+PROGRAMS := $(BIN)/twilld $(BIN)/netctl $(BIN)/twill $(BIN)/lab
+GO_FILES := $(shell find daemon e2e pkg plugins -name '*.go') go.mod go.sum
+FUZZTIME ?= 10s
+
+.PHONY: help
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: deps
+deps: ## install the Debian packages that demo and tests need
+	@e2e/deps.sh
+
+.PHONY: build
+build: $(PROGRAMS) ## build twilld, netctl, twill and the lab into build/bin
+
+$(BIN)/twilld: $(GO_FILES)
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./daemon/cmd/twilld
+$(BIN)/netctl: $(GO_FILES)
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./daemon/cmd/netctl
+$(BIN)/twill: $(GO_FILES)
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./plugins/twill
+$(BIN)/lab: $(GO_FILES)
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./e2e/lab
+
+.PHONY: demo
+demo: deps build ## three hosts, an etcd, pods: see packets cross the overlay (KEEP=1 leaves it up)
+	@TWILL_BIN_DIR=$(BIN) $(BIN)/lab demo $(if $(KEEP),--keep)
+
+.PHONY: test
+test: deps lint ## lint and all tests, with the race detector, on real kernels and etcd
+	@e2e/test.sh
+
+.PHONY: bench
+bench: deps build ## measure: 10,000 peers, one more peer, CNI, beside a reference in the same run
+	@TWILL_BIN_DIR=$(BIN) $(BIN)/lab bench
+
+.PHONY: fuzz
+fuzz: ## run every fuzzer for FUZZTIME (10s) each
+	@e2e/fuzz.sh $(FUZZTIME)
+
+.PHONY: lint
+lint: ## gofumpt, vet, staticcheck, import layers
+	@out=$$(go tool gofumpt -l daemon e2e pkg plugins); [ -z "$$out" ] || { echo "not gofumpt'ed: $$out"; exit 1; }
+	go vet ./...
+	go tool staticcheck ./...
+	go test -count=1 -run TestImportLayers ./e2e/layers
+
+.PHONY: install
+install: build ## install the programs below DESTDIR
+	install -D -m 755 $(BIN)/twilld $(DESTDIR)/usr/local/sbin/twilld
+	install -D -m 755 $(BIN)/netctl $(DESTDIR)/usr/local/bin/netctl
+	install -D -m 755 $(BIN)/twill $(DESTDIR)/opt/cni/bin/twill
+
+.PHONY: clean
+clean: ## remove what was built, and labs that were left
+	@if [ -x $(BIN)/lab ]; then $(BIN)/lab down; fi
+	rm -rf build

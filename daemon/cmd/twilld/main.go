@@ -1,0 +1,48 @@
+// Command twilld gives this node its share of the cluster's pod network.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"runtime/debug"
+	"syscall"
+
+	"github.com/twill-net/twill/daemon"
+)
+
+// version is set by the linker.
+var version = "devel"
+
+func main() {
+	// 10,000 peers are a few MiB of state and as much garbage each time they are
+	// read again: collect it early rather than let the node pay for it.
+	debug.SetGCPercent(50)
+
+	cfg, err := daemon.ParseConfig(os.Args[1:], os.Getenv, os.Stderr)
+	if errors.Is(err, daemon.ErrHelp) {
+		os.Exit(0)
+	}
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "twilld: %v\n", err)
+		os.Exit(2)
+	}
+	if cfg.Version {
+		fmt.Println("twilld", version)
+		return
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	log := cfg.Logger(os.Stderr)
+	if cfg.Cleanup {
+		err = daemon.Cleanup(ctx, cfg, os.Stdout, log)
+	} else {
+		err = daemon.Run(ctx, cfg, version, log)
+	}
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "twilld: %v\n", err)
+		os.Exit(1)
+	}
+}

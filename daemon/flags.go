@@ -1,0 +1,131 @@
+package daemon
+
+import (
+	"flag"
+	"fmt"
+	"io"
+	"strings"
+)
+
+// flags holds the raw flag values before validation.
+type flags struct {
+	set *flag.FlagSet
+	c   Config
+
+	endpoints                      string
+	iface, ifaceRegex, ifaceSkip   list
+	canReach, publicIP, publicIPv6 string
+	renewMargin                    int
+	healthIP                       string
+	healthPort, resync, verbosity  int
+	noRandomFully, kubeSubnetMgr   bool
+	logLevel, logFormat            string
+}
+
+// list is a flag that may be given several times.
+type list []string
+
+func (l *list) String() string { return strings.Join(*l, ",") }
+
+func (l *list) Set(s string) error {
+	for _, x := range strings.Split(s, ",") {
+		if x != "" {
+			*l = append(*l, x)
+		}
+	}
+	return nil
+}
+
+// regexes is a list whose elements may hold commas.
+type regexes struct{ *list }
+
+func (r regexes) Set(s string) error {
+	*r.list = append(*r.list, s)
+	return nil
+}
+
+func newFlags(stderr io.Writer) *flags {
+	f := &flags{set: flag.NewFlagSet("twilld", flag.ContinueOnError)}
+	s, c := f.set, &f.c
+	s.SetOutput(stderr)
+	s.Usage = func() { f.usage(stderr) }
+
+	s.StringVar(&f.endpoints, "etcd-endpoints", "http://127.0.0.1:4001,http://127.0.0.1:2379", "etcd `URLs`, separated by commas")
+	s.StringVar(&c.Etcd.Prefix, "etcd-prefix", "/coreos.com/network", "where in etcd the network lives: `key` prefix")
+	s.StringVar(&c.Etcd.CAFile, "etcd-cafile", "", "`file` with the CA that signed etcd's certificate")
+	s.StringVar(&c.Etcd.CertFile, "etcd-certfile", "", "`file` with the client certificate")
+	s.StringVar(&c.Etcd.KeyFile, "etcd-keyfile", "", "`file` with the client certificate's key")
+	s.StringVar(&c.Etcd.Username, "etcd-username", "", "etcd user `name`")
+	s.StringVar(&c.Etcd.Password, "etcd-password", "", "etcd `password`; better in FLANNELD_ETCD_PASSWORD")
+
+	s.Var(&f.iface, "iface", "uplink: interface `name` or address; repeat for second choices")
+	s.Var(regexes{&f.ifaceRegex}, "iface-regex", "uplink: `expression` over interface names and addresses; repeatable, after all --iface")
+	s.StringVar(&f.canReach, "iface-can-reach", "", "uplink: the interface that routes to this `address`")
+	s.Var(&f.ifaceSkip, "iface-skip", "shell `pattern` of names that --iface-regex and the default route never choose, beside docker*, cni*, veth* and the like")
+	s.StringVar(&f.publicIP, "public-ip", "", "IPv4 `address` peers send to, if it is not the uplink's")
+	s.StringVar(&f.publicIPv6, "public-ipv6", "", "IPv6 `address` peers send to, if it is not the uplink's")
+
+	s.StringVar(&c.SubnetFile, "subnet-file", "/run/flannel/subnet.env", "`file` for the node's subnet; twill.json for the CNI plugin is written beside it")
+	s.StringVar(&c.Socket, "socket", "", "`path` of the local API for netctl (default twilld.sock beside --subnet-file)")
+	s.IntVar(&f.renewMargin, "subnet-lease-renew-margin", 60, "renew the lease at the latest this many `minutes` before it ends, 1..1439")
+
+	s.BoolVar(&c.IPMasq, "ip-masq", false, "masquerade traffic that leaves the pod network")
+	s.BoolVar(&f.noRandomFully, "ip-masq-fully-random-disable", false, "masquerade without fully random source ports")
+	s.BoolVar(&c.ForwardRules, "iptables-forward-rules", true, "accept forwarded pod traffic in the filter table")
+	s.IntVar(&f.resync, "iptables-resync", 5, "flannel's resync `seconds`; Twill is woken by changes and reads everything again every 30 s or this long, whichever is longer")
+	s.BoolVar(&c.Blackhole, "ip-blackhole-route", false, "drop packets to pods of this node that do not exist")
+
+	s.StringVar(&f.healthIP, "healthz-ip", "0.0.0.0", "`address` of /healthz, /readyz and /metrics")
+	s.IntVar(&f.healthPort, "healthz-port", 0, "`port` of /healthz, /readyz and /metrics; 0 is off")
+	s.StringVar(&f.logLevel, "log-level", "info", "`level`: debug, info, warn or error")
+	s.StringVar(&f.logFormat, "log-format", "text", "`format`: text or json")
+	s.BoolVar(&c.Cleanup, "cleanup", false, "remove everything of Twill's from this node's network, print it, and exit")
+	s.BoolVar(&c.Version, "version", false, "print the version and exit")
+
+	f.flannelOnly()
+	return f
+}
+
+// flannelOnly declares the flags that a flannel command line may hold and that
+// mean nothing here, so that it starts unchanged.
+func (f *flags) flannelOnly() {
+	s := f.set
+	var text string
+	var yes bool
+	s.BoolVar(&f.kubeSubnetMgr, "kube-subnet-mgr", false, "")
+	s.StringVar(&text, "kube-api-url", "", "")
+	s.StringVar(&text, "kubeconfig-file", "", "")
+	s.StringVar(&text, "kube-annotation-prefix", "flannel.alpha.coreos.com", "")
+	s.StringVar(&text, "net-config-path", "/etc/kube-flannel/net-conf.json", "")
+	s.BoolVar(&yes, "set-node-network-unavailable", true, "")
+	s.IntVar(&f.verbosity, "v", 0, "")
+	s.StringVar(&text, "vmodule", "", "")
+	s.StringVar(&text, "log_backtrace_at", "", "")
+}
+
+func (f *flags) usage(w io.Writer) {
+	fmt.Fprint(w, `twilld gives this node its share of the cluster's pod network.
+
+It leases a subnet in etcd, publishes how this node is reached, and programs the
+kernel so that packets find every other node's pods. Stopping it stops no packet.
+
+Example:
+  twilld --etcd-endpoints=https://198.51.100.5:2379 --etcd-cafile=/etc/etcd/ca.crt --ip-masq
+  twilld --cleanup
+
+Flags (each also as FLANNELD_NAME_IN_CAPITALS in the environment):
+`)
+	f.set.VisitAll(func(fl *flag.Flag) {
+		arg, usage := flag.UnquoteUsage(fl)
+		if usage == "" {
+			return
+		}
+		if fl.DefValue != "" && fl.DefValue != "false" && fl.DefValue != "0" {
+			usage += fmt.Sprintf(" (default %s)", fl.DefValue)
+		}
+		fmt.Fprintf(w, "  %s\n        %s\n", strings.TrimSpace("--"+fl.Name+" "+arg), usage)
+	})
+	fmt.Fprint(w, `
+flannel's flags for Kubernetes and klog are understood; -v=1 and above logs in detail.
+`)
+}

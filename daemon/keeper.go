@@ -1,0 +1,150 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"time"
+
+	"github.com/twill-net/twill/pkg/overlay"
+	"github.com/twill-net/twill/pkg/store"
+)
+
+// claim is what the loop asks the keeper to hold.
+type claim struct {
+	config overlay.Config
+	attrs  overlay.Attrs
+}
+
+// keeper gets this node's lease and keeps it: it compares claim and Snapshot and
+// makes one conditional write at a time, until there is nothing to write. It
+// never gives a lease up: while the store is away, the node stays what it is.
+type keeper struct {
+	*Daemon
+	prefer overlay.Subnets
+	// acted is the revision of the Snapshot of the last write: what it changed
+	// is only to be seen in a later one.
+	acted   int64
+	renewAt time.Time // of the lease held; zero: it was never renewed by us
+	renewed overlay.Lease
+}
+
+const (
+	retryPause = time.Second
+	renewRetry = time.Minute
+)
+
+func (d *Daemon) keepLease(ctx context.Context) error {
+	k := &keeper{Daemon: d, prefer: formerSubnets(d.cfg.SubnetFile)}
+	for {
+		wait := k.step(ctx)
+		var timer <-chan time.Time
+		if wait > 0 {
+			timer = time.After(jitter(wait))
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-k.keeperBell:
+		case <-timer:
+		}
+	}
+}
+
+// step makes at most one write and one renewal, and returns when it wants to be
+// called again, 0 for not before the bell.
+func (k *keeper) step(ctx context.Context) time.Duration {
+	decide, renew := k.decide(ctx), k.renew(ctx)
+	if decide == 0 || renew == 0 {
+		return max(decide, renew)
+	}
+	return min(decide, renew)
+}
+
+func (k *keeper) decide(ctx context.Context) time.Duration {
+	want, snap := k.claim.Load(), k.snapshot.Load()
+	if want == nil || snap == nil || snap.Revision <= k.acted {
+		return 0
+	}
+	held := k.held.Load()
+	c := overlay.Claim{Attrs: want.attrs, Prefer: k.prefer, Held: held != nil}
+	step, err := c.Next(want.config, snap.Leases, rand.IntN)
+	if err != nil {
+		k.fail("no lease", err)
+		return retryPause * 10
+	}
+	if step.Act == overlay.Hold {
+		k.hold(step.Lease)
+		return 0
+	}
+	k.log.Info("writing lease", "do", step.Act.String(), "lease", step.Lease.Key(), "why", step.Why)
+	done, err := k.store.Do(ctx, step)
+	if err != nil {
+		k.fail("write lease", err)
+		return retryPause
+	}
+	k.acted = snap.Revision
+	if !done {
+		k.log.Info("lease changed meanwhile, deciding again", "lease", step.Lease.Key())
+	} else if step.Act == overlay.Remove && k.prefer == (overlay.Subnets{}) {
+		k.prefer = step.Lease.Subnets // the family that still fits is kept
+	}
+	return retryPause
+}
+
+// hold takes note that the store agrees with the claim.
+func (k *keeper) hold(l overlay.Lease) {
+	k.update(func(r *report) { r.leaseErr = "" })
+	if old := k.held.Load(); old == nil || *old != l.Subnets {
+		if old != nil {
+			k.log.Warn("this node's subnet has changed; pods of the old one must be restarted", "old", old.Key(), "new", l.Key())
+		} else {
+			k.log.Info("lease held", "lease", l.Key(), "reserved", l.Reserved())
+		}
+		k.prefer = l.Subnets
+		k.held.Store(&l.Subnets)
+		k.storeBell.ring("lease")
+	}
+	if k.renewed.Grant != l.Grant {
+		k.renewAt = time.Time{}
+	}
+	k.renewed = l
+}
+
+// renew keeps the lease alive. It does not touch the key, so nobody else notices.
+func (k *keeper) renew(ctx context.Context) time.Duration {
+	if k.renewed.Reserved() {
+		return 0
+	}
+	if wait := time.Until(k.renewAt); wait > 0 {
+		return wait
+	}
+	ttl, err := k.store.Renew(ctx, k.renewed)
+	switch {
+	case errors.Is(err, store.ErrLeaseGone):
+		// The key goes with it; the Snapshot that says so makes us lease it again.
+		k.log.Warn("the store no longer knows our lease", "lease", k.renewed.Key())
+		k.renewAt = time.Now().Add(renewRetry)
+	case err != nil:
+		k.fail("renew lease", err)
+		k.renewAt = time.Now().Add(renewRetry)
+	default:
+		// A third of its life, so that two failures in a row cost nothing; earlier
+		// if the operator asks for a wider margin.
+		k.update(func(r *report) { r.leaseErr = "" })
+		k.renewAt = time.Now().Add(min(ttl/3, max(ttl-k.cfg.RenewMargin, time.Second)))
+		k.log.Debug("lease renewed", "lease", k.renewed.Key(), "ttl", ttl)
+	}
+	k.metrics.renewal(err)
+	return time.Until(k.renewAt)
+}
+
+func (k *keeper) fail(what string, err error) {
+	text := what + ": " + err.Error()
+	k.update(func(r *report) {
+		if r.leaseErr != text {
+			k.log.Warn("lease", "error", text)
+		}
+		r.leaseErr = text
+	})
+}

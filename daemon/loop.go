@@ -1,0 +1,284 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"reflect"
+	"slices"
+	"time"
+
+	sdnotify "github.com/coreos/go-systemd/v22/daemon"
+
+	"github.com/twill-net/twill/pkg/kernel"
+	"github.com/twill-net/twill/pkg/overlay"
+)
+
+// loop is the one goroutine that writes to the kernel.
+//
+// A full pass reads the kernel, so it finds what others did; kernel events and
+// the ticker ask for it. When only the store has something new and the last pass
+// was clean, what the kernel holds is known, and the pass starts from there: one
+// more peer among 10,000 costs one peer's messages.
+type loop struct {
+	*Daemon
+	node node
+
+	running overlay.Config    // in force; zero before the first good one
+	seen    *overlay.Snapshot // the last one taken from the store
+	snap    *overlay.Snapshot // the same with the running config
+	desired *overlay.Snapshot // the one want was computed for
+	self    overlay.Self      // the one want was computed for
+	want    *overlay.State    // never changed once set
+	found   []overlay.Problem // by Desired, with want
+	clashes []overlay.Problem // with what others have in the kernel, at the last full pass
+
+	// applied is what the kernel holds since the last clean pass; nil: unknown.
+	applied *overlay.State
+	retry   time.Duration // pause before the next try after a failure; 0: none
+	ready   bool
+}
+
+const (
+	retryLeast = 200 * time.Millisecond
+	retryMost  = 30 * time.Second
+	// kernelPause bounds how often kernel events make the loop read everything:
+	// a program that fights us must not burn the node.
+	kernelPause = 100 * time.Millisecond
+)
+
+func (d *Daemon) reconcile(ctx context.Context) error {
+	l := &loop{Daemon: d, node: node{Daemon: d}}
+	kernelBell := d.kernelBell
+	var rested <-chan time.Time
+	for {
+		wait := jitter(d.cfg.Resync)
+		if l.retry > 0 {
+			wait = l.retry
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return ctx.Err()
+		case <-rested:
+			kernelBell, rested = d.kernelBell, nil
+		case why := <-d.storeBell:
+			l.run(ctx, why, l.applied == nil)
+		case why := <-kernelBell:
+			l.run(ctx, why, true)
+			kernelBell, rested = nil, time.After(kernelPause)
+		case <-timer.C:
+			l.run(ctx, "timer", true)
+		}
+		timer.Stop()
+	}
+}
+
+// waitError is something the loop cannot do without, and that comes or not.
+type waitError struct{ error }
+
+// run makes a pass and takes note of how it went.
+func (l *loop) run(ctx context.Context, why string, full bool) {
+	began := time.Now()
+	changes, failures, err := l.pass(ctx, why, full)
+	if ctx.Err() != nil {
+		return
+	}
+	waiting := ""
+	var w waitError
+	if errors.As(err, &w) {
+		waiting = err.Error()
+	} else if err != nil {
+		failures = append(failures, err.Error())
+	}
+	clean := err == nil && len(failures) == 0
+	if clean {
+		l.retry = 0
+	} else {
+		l.applied = nil
+		l.retry = min(max(2*l.retry, retryLeast), retryMost)
+	}
+	l.metrics.pass(full, time.Since(began), len(failures))
+	l.update(func(r *report) {
+		if waiting != "" && waiting != r.waiting {
+			l.log.Warn("waiting", "for", waiting)
+		}
+		r.clean, r.waiting = clean, waiting
+		r.heartbeat = time.Now()
+		p := &r.pass
+		p.At, p.Why, p.Took, p.Changes, p.Failures = began, why, time.Since(began), changes, failures
+		p.Count++
+		if full && waiting == "" {
+			p.LastFull = began
+		}
+	})
+	for i, f := range failures {
+		if i == maxLogged {
+			l.log.Error("more changes failed", "count", len(failures)-i)
+			break
+		}
+		l.log.Error("change failed", "error", f)
+	}
+	if clean && !l.ready {
+		l.ready = true
+		l.log.Info("ready", "lease", l.self.Key(), "peers", len(l.snap.Leases)-1)
+		notify(sdnotify.SdNotifyReady)
+	}
+}
+
+// pass brings the kernel to what the leases say.
+func (l *loop) pass(ctx context.Context, why string, full bool) (changes int, failures []string, err error) {
+	if err := l.learn(ctx, full); err != nil {
+		return 0, nil, err
+	}
+	have := l.applied
+	if full {
+		state, err := l.kernel.Observe(ctx, kernel.ScopeOf(l.running, *l.want, l.self.Uplink))
+		if err != nil {
+			return 0, nil, fmt.Errorf("read the kernel's state: %w", err)
+		}
+		if l.applied != nil {
+			deviations, _ := overlay.Diff(state, *l.applied)
+			l.recordDrift(deviations, why)
+		}
+		have = &state
+		l.clashes = overlay.CheckOverlap(l.running, l.self.Subnets, l.snap.Leases, state.Foreign)
+	}
+	plan, refused := overlay.Diff(*have, *l.want)
+	if full {
+		l.clashes = append(l.clashes, refused...)
+	}
+	l.logPlan(plan, why)
+	if len(plan) > 0 {
+		began := time.Now()
+		for _, f := range l.kernel.Apply(ctx, plan) {
+			failures = append(failures, f.Error())
+		}
+		l.metrics.apply.Observe(time.Since(began).Seconds())
+	}
+	l.logProblems(slices.Concat(l.found, l.node.problems(), l.clashes))
+	if l.blocked(refused) {
+		return 0, nil, errors.New(refused[0].String())
+	}
+	if len(failures) == 0 {
+		l.applied = l.want
+		err = l.handOff()
+	}
+	return len(plan), failures, err
+}
+
+// blocked reports whether a problem keeps our own link from being made.
+func (l *loop) blocked(problems []overlay.Problem) bool {
+	for _, p := range problems {
+		for _, link := range l.want.Links {
+			if p.Object == "link "+link.Name {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// learn takes up what is new: config, own addresses, lease; and computes what the
+// kernel should hold. Nothing is written before all of it is known once.
+func (l *loop) learn(ctx context.Context, full bool) error {
+	snap := l.snapshot.Load()
+	if snap == nil {
+		return waitError{l.storeError()}
+	}
+	if err := l.takeUp(snap); err != nil {
+		return waitError{err}
+	}
+	if full || !l.node.known {
+		if err := l.node.identify(ctx, l.running, l.snap.Leases); err != nil {
+			return waitError{err}
+		}
+	}
+	self := l.node.self
+	attrs, err := overlay.PublishedAttrs(l.running, self)
+	if err != nil {
+		return err
+	}
+	if c := l.claim.Load(); c == nil || *c != (claim{l.running, attrs}) {
+		l.claim.Store(&claim{l.running, attrs})
+		l.keeperBell.ring("claim")
+	}
+	held := l.held.Load()
+	if held == nil {
+		return waitError{l.leaseError()}
+	}
+	self.Subnets = *held
+	l.desire(self)
+	return nil
+}
+
+// takeUp puts a new Snapshot in force. A config that running pods would not
+// survive is refused: the running one stays.
+func (l *loop) takeUp(snap *overlay.Snapshot) error {
+	if snap == l.seen {
+		return nil
+	}
+	if l.running == (overlay.Config{}) {
+		if err := snap.Config.CheckBackend(); err != nil {
+			return fmt.Errorf("a usable network configuration: %w", err)
+		}
+		if !snap.Config.V4.Enabled() {
+			return errors.New("a usable network configuration: EnableIPv4: false: leases in etcd are named by their IPv4 subnet, so IPv4 must be on")
+		}
+		l.running = snap.Config
+	}
+	l.seen = snap
+	if snap.Config != l.running {
+		var own overlay.Subnets
+		if held := l.held.Load(); held != nil {
+			own = *held
+		}
+		if err := l.running.CheckTransition(snap.Config, own); err != nil {
+			refused := *snap
+			refused.Config = l.running
+			refused.Problems = append(refused.Problems[:len(refused.Problems):len(refused.Problems)], overlay.Problem{
+				Object: "config", Reason: "the stored configuration is not taken up: " + err.Error(), Remedy: "the running one stays in force",
+			})
+			l.snap = &refused
+			return nil
+		}
+		l.log.Info("network configuration changed")
+		l.running = snap.Config
+	}
+	l.snap = snap
+	return nil
+}
+
+// desire recomputes what is wanted if anything it depends on is new.
+func (l *loop) desire(self overlay.Self) {
+	if l.want != nil && l.desired == l.snap && reflect.DeepEqual(self, l.self) {
+		return
+	}
+	want, found := overlay.Desired(l.snap, self)
+	l.want, l.found, l.desired, l.self = &want, found, l.snap, self
+	mtu, err := overlay.PodMTU(l.running, self)
+	l.update(func(r *report) {
+		r.self, r.config = self, l.running
+		if err == nil {
+			r.podMTU = mtu
+		}
+	})
+}
+
+func (l *loop) storeError() error {
+	s := l.store.Status()
+	if s.Error != "" {
+		return fmt.Errorf("the store: %s", s.Error)
+	}
+	return fmt.Errorf("the first complete answer of the store (%v)", s.Endpoints)
+}
+
+func (l *loop) leaseError() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.report.leaseErr != "" {
+		return fmt.Errorf("a lease: %s", l.report.leaseErr)
+	}
+	return errors.New("a lease")
+}

@@ -1,0 +1,117 @@
+package daemon
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/twill-net/twill/pkg/kernel"
+	"github.com/twill-net/twill/pkg/overlay"
+)
+
+// node finds out what this node is: its uplink, addresses and VTEPs. It follows
+// the uplink's changes; the VTEPs stay for the life of the process.
+type node struct {
+	*Daemon
+	self    overlay.Self
+	known   bool
+	problem string // why the uplink as it was is still used
+}
+
+// identify looks at the interfaces. Once the node is known, an uplink that is
+// gone for a while changes nothing.
+func (n *node) identify(ctx context.Context, cfg overlay.Config, leases []*overlay.Lease) error {
+	rules := n.cfg.Uplink
+	rules.IPv4, rules.IPv6 = cfg.V4.Enabled(), cfg.V6.Enabled()
+	var targets []netip.Addr
+	if rules.CanReach.IsValid() {
+		targets = append(targets, rules.CanReach)
+	}
+	ifaces, err := n.kernel.Interfaces(ctx, targets)
+	if err != nil {
+		return fmt.Errorf("list interfaces: %w", err)
+	}
+	uplink, err := overlay.ChooseUplink(ifaces, rules)
+	if err != nil {
+		if n.known {
+			if n.problem != err.Error() {
+				n.log.Warn("uplink is not usable, keeping what was known of it", "uplink", n.self.Uplink.Name, "error", err)
+			}
+			n.problem = err.Error()
+			return nil
+		}
+		return err
+	}
+	n.problem = ""
+	if old := n.self.Uplink; n.known && (old.Name != uplink.Name || old.V4 != uplink.V4 || old.V6 != uplink.V6 || old.MTU != uplink.MTU) {
+		n.log.Info("uplink changed", "old", old.Name, "oldIPv4", old.V4, "oldIPv6", old.V6, "oldMTU", old.MTU, "new", uplink.Name, "IPv4", uplink.V4, "IPv6", uplink.V6, "MTU", uplink.MTU)
+	}
+	n.self.Uplink = uplink
+	n.self.PublicIP, n.self.PublicV6 = uplink.V4, uplink.V6
+	if n.cfg.PublicIP.IsValid() {
+		n.self.PublicIP = n.cfg.PublicIP
+	}
+	if n.cfg.PublicIPv6.IsValid() {
+		n.self.PublicV6 = n.cfg.PublicIPv6
+	}
+	if n.known {
+		return nil
+	}
+	return n.meet(ctx, cfg, leases)
+}
+
+// meet does what is done once: it looks at the kernel before anything is
+// written, refuses a pod network that this host already uses, and takes over the
+// VTEPs that the host and its lease agree on.
+func (n *node) meet(ctx context.Context, cfg overlay.Config, leases []*overlay.Lease) error {
+	have, err := n.kernel.Observe(ctx, kernel.Scope{Networks: cfg.Networks(), Uplink: n.self.Uplink.Name})
+	if err != nil {
+		return fmt.Errorf("read the kernel's state: %w", err)
+	}
+	own := formerSubnets(n.cfg.SubnetFile)
+	var lease overlay.Lease
+	for _, l := range leases {
+		if l.PublicIP == n.self.PublicIP {
+			lease, own = *l, l.Subnets
+			break
+		}
+	}
+	if problems := overlay.CheckOverlap(cfg, own, leases, have.Foreign); len(problems) > 0 {
+		return fmt.Errorf("%s", problems[0])
+	}
+	vni := cfg.Backend.VXLAN.VNI
+	n.self.MAC = n.vtep(overlay.VXLANLink(overlay.IPv4, vni), lease.VTEP.MAC, have.Links)
+	n.self.MACv6 = n.vtep(overlay.VXLANLink(overlay.IPv6, vni), lease.VTEPv6.MAC, have.Links)
+	n.self.Options = overlay.Options{
+		IPMasq:         n.cfg.IPMasq,
+		RandomFully:    n.cfg.RandomFully && n.kernel.HasRandomFully(overlay.IPv4, cfg.Tool()),
+		ForwardRules:   n.cfg.ForwardRules,
+		BlackholeRoute: n.cfg.Blackhole,
+		Nexthops:       n.kernel.HasNexthops(),
+	}
+	n.known = true
+	n.log.Info("uplink chosen", "name", n.self.Uplink.Name, "why", n.self.Uplink.Why, "IPv4", n.self.PublicIP, "IPv6", n.self.PublicV6, "MTU", n.self.Uplink.MTU)
+	return nil
+}
+
+// vtep returns the MAC of a VTEP: the device's, if the lease says the same (so a
+// restart, also of flannel's, changes nothing), else the derived one.
+func (n *node) vtep(device string, leased overlay.MAC, links []overlay.Link) overlay.MAC {
+	i := slices.IndexFunc(links, func(l overlay.Link) bool { return l.Name == device })
+	if i >= 0 && leased != (overlay.MAC{}) && links[i].MAC == leased {
+		return leased
+	}
+	return overlay.DeriveMAC(n.self.Uplink, device)
+}
+
+// problems reports an uplink that cannot be used any more.
+func (n *node) problems() []overlay.Problem {
+	if n.problem == "" {
+		return nil
+	}
+	return []overlay.Problem{{
+		Object: "uplink " + n.self.Uplink.Name, Reason: n.problem,
+		Remedy: "what was known of it stays in force until it is back",
+	}}
+}

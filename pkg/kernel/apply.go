@@ -1,0 +1,289 @@
+package kernel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/twill-net/twill/pkg/overlay"
+)
+
+// errNotOurs stops the removal of somebody else's link.
+var errNotOurs = errors.New("the link does not bear the alias " + overlay.Alias)
+
+// Apply makes the changes of a plan in its order and returns those that could
+// not be made. One failure stops nothing else.
+func (k *Kernel) Apply(ctx context.Context, plan overlay.Plan) []Failure {
+	if len(plan) == 0 {
+		return nil
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	a := &applier{kernel: k, ctx: ctx, indexes: map[string]uint32{}, batch: batch{conn: k.conn}}
+	a.batch.failed = a.answered
+	for len(plan) > 0 {
+		if ctx.Err() != nil {
+			a.abandon(plan, ctx.Err())
+			break
+		}
+		plan = plan[a.step(plan):]
+	}
+	a.send()
+	a.writeLate()
+	return a.failures
+}
+
+// applier works off a plan.
+type applier struct {
+	kernel   *Kernel
+	ctx      context.Context
+	batch    batch
+	batched  []change // what is in batch, in order
+	refused  []change // what is to be tried by a detour
+	indexes  map[string]uint32
+	late     []overlay.Op // sysctls of links that were not there yet
+	failures []Failure
+}
+
+// change is an operation on its way to the kernel.
+type change struct {
+	op    overlay.Op
+	index uint32 // of the link that its object is on
+	echo  echo
+}
+
+func (a *applier) fail(op overlay.Op, err error) {
+	if op.Verb == overlay.Delete && absent(err) {
+		return
+	}
+	a.failures = append(a.failures, Failure{Op: op, Err: err})
+}
+
+func (a *applier) abandon(plan overlay.Plan, err error) {
+	for _, op := range plan {
+		a.failures = append(a.failures, Failure{Op: op, Err: err})
+	}
+}
+
+// step does the first operation of plan, or the first few, and returns how many.
+func (a *applier) step(plan overlay.Plan) int {
+	op := plan[0]
+	switch op.Object.(type) {
+	case overlay.Link, overlay.Sysctl, overlay.Chain:
+		a.send()
+	default:
+		a.enqueue(op)
+		return 1
+	}
+	switch o := op.Object.(type) {
+	case overlay.Link:
+		if err := a.link(op, o); err != nil {
+			a.fail(op, err)
+		}
+		clear(a.indexes)
+	case overlay.Sysctl:
+		err := writeSysctl(o)
+		if errors.Is(err, fs.ErrNotExist) && unneeded(o.Key) {
+			a.late = append(a.late, op)
+		} else if err != nil {
+			a.fail(op, err)
+		}
+	default:
+		n := 1
+		for ; n < len(plan); n++ {
+			if _, ok := plan[n].Object.(overlay.Chain); !ok {
+				break
+			}
+		}
+		a.failures = append(a.failures, a.kernel.firewall.apply(a.ctx, plan[:n])...)
+		return n
+	}
+	return 1
+}
+
+// writeLate writes the sysctls of links that this very plan has made. IPv6's are
+// not missed where there is no IPv6.
+func (a *applier) writeLate() {
+	for _, op := range a.late {
+		s := op.Object.(overlay.Sysctl)
+		if err := writeSysctl(s); err != nil && !(errors.Is(err, fs.ErrNotExist) && missing("net/ipv6")) {
+			a.fail(op, err)
+		}
+	}
+}
+
+func (a *applier) link(op overlay.Op, want overlay.Link) error {
+	c := a.kernel.conn
+	if op.Verb == overlay.Add {
+		return c.createLink(want)
+	}
+	have, ok := op.Before.(overlay.Link)
+	switch {
+	case !ok:
+		return fmt.Errorf("not known what is there now")
+	case op.Verb == overlay.Delete && !have.Ours():
+		return errNotOurs
+	case op.Verb == overlay.Delete:
+		return c.deleteLink(want.Name)
+	case have.Recreate(want):
+		if !have.Ours() {
+			return errNotOurs
+		}
+		return c.recreateLink(want)
+	}
+	err := c.changeLink(have, want)
+	if have.VXLAN != want.VXLAN && (errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EAFNOSUPPORT)) {
+		// This kernel cannot change the parameter; the device is made anew as
+		// flannel would.
+		a.kernel.log.Info("link made anew", "link", want.Name, "reason", err)
+		return c.recreateLink(want)
+	}
+	return err
+}
+
+func (c *conn) recreateLink(want overlay.Link) error {
+	if err := c.deleteLink(want.Name); err != nil && !absent(err) {
+		return err
+	}
+	return c.createLink(want)
+}
+
+// enqueue puts an operation into the batch.
+func (a *applier) enqueue(op overlay.Op) {
+	index, err := a.index(linkOf(op.Object))
+	if err != nil {
+		a.fail(op, err)
+		return
+	}
+	if n := len(a.batched); n > 0 && a.batch.full() || n > 0 && isNexthop(a.batched[n-1].op) && !isNexthop(op) {
+		a.send() // routes find all nexthops there, also those that needed a detour
+	}
+	c := change{op: op, index: index}
+	if c.echo, err = encode(&a.batch.enc, op, index); err != nil {
+		a.fail(op, err)
+		return
+	}
+	a.batch.added()
+	a.batched = append(a.batched, c)
+}
+
+func isNexthop(op overlay.Op) bool {
+	_, is := op.Object.(overlay.Nexthop)
+	return is
+}
+
+// encode writes the message that does op.
+func encode(e *encoder, op overlay.Op, index uint32) (echo, error) {
+	switch o := op.Object.(type) {
+	case overlay.Addr:
+		encodeAddr(e, op.Verb, o.Prefix, index)
+		return addrEcho(op.Verb, o.Prefix, index), nil
+	case overlay.Nexthop:
+		encodeNexthop(e, op.Verb, o, index)
+		return echo{}, nil
+	case overlay.Route:
+		encodeRoute(e, op.Verb, o, index)
+		return echo{}, nil
+	case overlay.Neigh:
+		n := neighborOf(o, index)
+		encodeNeighbor(e, op.Verb, n)
+		return neighborEcho(op.Verb, n), nil
+	case overlay.FDB:
+		n := forwardingOf(o, index)
+		encodeNeighbor(e, op.Verb, n)
+		return neighborEcho(op.Verb, n), nil
+	}
+	return echo{}, fmt.Errorf("unknown kind of object %T", op.Object)
+}
+
+func (a *applier) send() {
+	a.kernel.events.expect(a.batched)
+	a.batch.send()
+	a.batched = a.batched[:0]
+	for _, c := range a.refused {
+		if err := a.detour(c); err != nil {
+			a.fail(c.op, err)
+		}
+	}
+	a.refused = a.refused[:0]
+}
+
+// answered is told of each change in the batch that failed.
+func (a *applier) answered(i int, err error) {
+	c := a.batched[i]
+	a.kernel.events.take(c.echo)
+	if g, onlink := gateway(c.op.Object); onlink && g.Is6() && c.op.Verb != overlay.Delete && errors.Is(err, unix.EINVAL) {
+		a.refused = append(a.refused, c)
+		return
+	}
+	a.fail(c.op, err)
+}
+
+// gateway returns the gateway that an object leads to, and whether that is on
+// its link by the object's own word.
+func gateway(o overlay.Object) (netip.Addr, bool) {
+	switch o := o.(type) {
+	case overlay.Nexthop:
+		return o.Gateway, o.OnLink
+	case overlay.Route:
+		return o.Gateway, o.OnLink
+	}
+	return netip.Addr{}, false
+}
+
+// detour makes a change that IPv6 refuses as long as another route leads to the
+// gateway by another link: a wider one, or the very route that is to change
+// hands. For that moment the gateway gets a host route on its link; packets to
+// the pods behind it do not notice.
+func (a *applier) detour(c change) error {
+	g, _ := gateway(c.op.Object)
+	host := overlay.Route{Dst: netip.PrefixFrom(g, g.BitLen()), Metric: 1, Link: linkOf(c.op.Object), Protocol: overlay.Protocol}
+	conn := a.kernel.conn
+	err := conn.request(func(e *encoder) { encodeRoute(e, overlay.Add, host, c.index) }, nil)
+	if err != nil {
+		return fmt.Errorf("add %s for a moment: %w", host, err)
+	}
+	err = conn.request(func(e *encoder) { _, _ = encode(e, c.op, c.index) }, nil)
+	if last := conn.request(func(e *encoder) { encodeRoute(e, overlay.Delete, host, c.index) }, nil); last != nil && !absent(last) {
+		err = errors.Join(err, fmt.Errorf("delete %s: %w", host, last))
+	}
+	return err
+}
+
+// linkOf returns the name of the link that an object is on.
+func linkOf(o overlay.Object) string {
+	switch o := o.(type) {
+	case overlay.Addr:
+		return o.Link
+	case overlay.Nexthop:
+		return o.Link
+	case overlay.Route:
+		return o.Link
+	case overlay.Neigh:
+		return o.Link
+	case overlay.FDB:
+		return o.Link
+	}
+	return ""
+}
+
+// index returns the index of a link by its name. A link that is absent is asked
+// for once.
+func (a *applier) index(name string) (uint32, error) {
+	index, ok := a.indexes[name]
+	if !ok {
+		var err error
+		if index, err = a.kernel.conn.linkIndex(name); err != nil && !absent(err) {
+			return 0, err
+		}
+		a.indexes[name] = index
+	}
+	if index == 0 && name != "" {
+		return 0, fmt.Errorf("find link %s: %w", name, unix.ENODEV)
+	}
+	return index, nil
+}

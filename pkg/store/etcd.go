@@ -1,0 +1,149 @@
+package store
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"sync"
+
+	clientv3 "go.etcd.io/etcd/client/v3"
+
+	"github.com/twill-net/twill/pkg/overlay"
+)
+
+// pageSize is the number of leases read at once: about half a MiB.
+const pageSize = 2000
+
+// Etcd is the lease store in etcd v3. Its methods are safe for concurrent use.
+type Etcd struct {
+	cfg    EtcdConfig
+	tls    *tls.Config
+	health *health
+	ctx    context.Context // ends with Close
+	cancel context.CancelFunc
+
+	dialing sync.Mutex
+	client  *clientv3.Client // nil until the first call
+
+	// watching is held by Watch; the others are its own.
+	watching sync.Mutex
+	fold     *fold
+	cluster  uint64 // id of the cluster that fold was read from
+}
+
+// OpenEtcd checks the configuration and reads the TLS files. It does not connect:
+// etcd may be away.
+func OpenEtcd(cfg EtcdConfig) (*Etcd, error) {
+	cfg, err := cfg.normalize()
+	if err != nil {
+		return nil, err
+	}
+	security, err := cfg.tls()
+	if err != nil {
+		return nil, err
+	}
+	if cfg.Password != "" && security == nil {
+		cfg.Log.Warn("the etcd password goes over the network in clear; use https", "endpoints", cfg.Endpoints)
+	}
+	e := &Etcd{cfg: cfg, tls: security, health: newHealth(cfg), fold: newFold(cfg.Prefix)}
+	e.ctx, e.cancel = context.WithCancel(context.Background())
+	return e, nil
+}
+
+// Close ends all connections and calls in progress.
+func (e *Etcd) Close() error {
+	e.cancel()
+	e.dialing.Lock()
+	defer e.dialing.Unlock()
+	if e.client == nil {
+		return nil
+	}
+	err := e.client.Close()
+	e.client = nil
+	if err != nil && !errors.Is(err, context.Canceled) {
+		return fmt.Errorf("close etcd client: %w", err)
+	}
+	return nil
+}
+
+// Status returns the state of the connection.
+func (e *Etcd) Status() overlay.StoreStatus { return e.health.get() }
+
+// connect returns the client. To make one means to log in, if there is a user, and
+// fails while etcd is away.
+func (e *Etcd) connect() (*clientv3.Client, error) {
+	e.dialing.Lock()
+	defer e.dialing.Unlock()
+	if e.ctx.Err() != nil {
+		return nil, errors.New("the etcd store is closed")
+	}
+	if e.client == nil {
+		c, err := clientv3.New(e.cfg.client(e.ctx, e.tls))
+		if err != nil {
+			return nil, e.cfg.explain("log in", "", err)
+		}
+		e.client = c
+	}
+	return e.client, nil
+}
+
+// Snapshot reads everything once. The error says so if there is no good
+// configuration.
+func (e *Etcd) Snapshot(ctx context.Context) (*overlay.Snapshot, error) {
+	f := newFold(e.cfg.Prefix)
+	l, _, err := e.list(ctx)
+	if err != nil {
+		if ctx.Err() == nil {
+			e.health.down(err)
+		}
+		return nil, err
+	}
+	f.replace(l)
+	e.health.up()
+	e.health.folded(f)
+	s := f.snapshot()
+	if s == nil {
+		return nil, errors.New(f.configProblem().String())
+	}
+	return s, nil
+}
+
+// list reads the configuration and all leases at one revision, and the id of the
+// cluster.
+func (e *Etcd) list(ctx context.Context) (l listing, cluster uint64, err error) {
+	c, err := e.connect()
+	if err != nil {
+		return l, 0, err
+	}
+	r, err := e.get(ctx, c, e.fold.configKey)
+	if err != nil {
+		return l, 0, err
+	}
+	l.revision = r.Header.Revision
+	if len(r.Kvs) > 0 {
+		l.config = r.Kvs[0]
+	}
+	end := clientv3.GetPrefixRangeEnd(e.fold.leaseDir)
+	for next, more := e.fold.leaseDir, true; more; {
+		page, err := e.get(ctx, c, next, clientv3.WithRange(end), clientv3.WithLimit(pageSize), clientv3.WithRev(l.revision))
+		if err != nil {
+			return l, 0, err
+		}
+		l.leases = append(l.leases, page.Kvs...)
+		if more = page.More && len(page.Kvs) > 0; more {
+			next = string(page.Kvs[len(page.Kvs)-1].Key) + "\x00"
+		}
+	}
+	return l, r.Header.ClusterId, nil
+}
+
+func (e *Etcd) get(ctx context.Context, c *clientv3.Client, key string, opts ...clientv3.OpOption) (*clientv3.GetResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	r, err := c.Get(ctx, key, opts...)
+	if err != nil {
+		return nil, e.cfg.explain("read", key, err)
+	}
+	return r, nil
+}

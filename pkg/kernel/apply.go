@@ -57,10 +57,17 @@ type change struct {
 }
 
 func (a *applier) fail(op overlay.Op, err error) {
-	if op.Verb == overlay.Delete && absent(err) {
+	if op.Verb == overlay.Delete && (absent(err) || wentWithNexthop(op.Object, err)) {
 		return
 	}
 	a.failures = append(a.failures, Failure{Op: op, Err: err})
+}
+
+// wentWithNexthop reports whether err is how the kernel says that a route's nexthop
+// object is gone, which took the route along.
+func wentWithNexthop(o overlay.Object, err error) bool {
+	r, ok := o.(overlay.Route)
+	return ok && r.NH != 0 && errors.Is(err, unix.EINVAL)
 }
 
 func (a *applier) abandon(plan overlay.Plan, err error) {

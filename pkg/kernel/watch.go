@@ -123,7 +123,7 @@ func (w *watcher) link(h header, body []byte) string {
 		return ""
 	}
 	if w.remember(l) {
-		return "changed: " + l.String()
+		return fmt.Sprintf("link %s changed", l.Name)
 	}
 	return ""
 }

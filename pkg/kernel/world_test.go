@@ -166,7 +166,7 @@ func (w world) peer(s *overlay.State, f overlay.Family, p int) {
 	host := netip.AddrFrom4([4]byte{198, 18, byte(p >> 8), byte(p)})
 	if f == overlay.IPv6 {
 		r.Metric = 1024
-		host = netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 14: byte(p >> 8), 15: byte(p)})
+		host = netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 5: 0x18, 14: byte(p >> 8), 15: byte(p)})
 	}
 	nh := overlay.Nexthop{ID: uint32(f)<<24 | uint32(p), Gateway: dst.Addr(), Link: w.link(f).Name, OnLink: true}
 	if p < w.direct {

@@ -74,9 +74,6 @@ func (a *app) runDiff(ctx context.Context) error {
 func changeOf(op overlay.Op) change {
 	c := change{Verb: op.Verb.String(), Object: op.Object.String()}
 	c.Kind, _, _ = strings.Cut(c.Object, " ")
-	if _, ok := op.Object.(overlay.Chain); ok { // its first word is the tool
-		c.Kind = "chain"
-	}
 	if op.Verb == overlay.Change {
 		c.Before = op.Before.String()
 	}

@@ -15,7 +15,9 @@ type Claim struct {
 	// Prefer is the lease held so far, or what subnet.env remembers: taken
 	// again if it is free, so that running pods keep their addresses.
 	Prefer Subnets
-	// Held says that Prefer was ours in this process's life.
+	// Held says that Prefer was ours in this process's life: a write of it was
+	// done, or there was nothing to write. The write counts, or two nodes with one
+	// address might overwrite each other for ever, unseen.
 	Held bool
 }
 

@@ -304,7 +304,7 @@ func (a FDB) String() string {
 func (s Sysctl) String() string { return fmt.Sprintf("sysctl %s=%s", s.Key, s.Value) }
 
 func (a Chain) String() string {
-	return fmt.Sprintf("%s %s table %s chain %s hook %s hash %s", a.Tool, a.Family, a.Table, a.Name, a.Hook, cmp.Or(a.Hash, "none"))
+	return fmt.Sprintf("chain %s table %s %s %s hook %s hash %s", cmp.Or(a.Name, "(all)"), a.Table, a.Tool, a.Family, a.Hook, cmp.Or(a.Hash, "none"))
 }
 
 // defaultMetric is the priority the kernel gives a route that names none: 0 for

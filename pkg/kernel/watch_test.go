@@ -1,0 +1,187 @@
+package kernel
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+)
+
+// watching starts a Watch. The function it returns makes one more change that
+// must ring, waits for that, and returns what rang before.
+func watching(t *testing.T, k *Kernel) (rang func() []string) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	rings, done := make(chan string, 100_000), make(chan error, 1)
+	go func() { done <- k.Watch(ctx, func(reason string) { rings <- reason }) }()
+	t.Cleanup(func() {
+		cancel()
+		<-done
+	})
+	n := 0
+	rang = func() []string {
+		t.Helper()
+		n++
+		// Netlink keeps the order: what happened before has been told before.
+		mark := fmt.Sprintf("192.0.2.%d/32", n)
+		sh(t, "ip addr add "+mark+" dev eth0")
+		var out []string
+		for {
+			select {
+			case r := <-rings:
+				if strings.Contains(r, mark) {
+					return out
+				}
+				out = append(out, r)
+			case err := <-done:
+				t.Fatalf("Watch ended: %v", err)
+			case <-time.After(20 * time.Second):
+				t.Fatalf("the change of %s did not ring", mark)
+			}
+		}
+	}
+	for !strings.Contains(<-rings, "listening begins") {
+	}
+	rang()
+	return rang
+}
+
+// TestOwnChangesAreSilent builds, changes and removes everything while watching.
+func TestOwnChangesAreSilent(t *testing.T) {
+	inNode(t, func(k *Kernel) {
+		w := dualWorld(500)
+		changed := w
+		changed.moved, changed.direct, changed.mtu, changed.host, changed.extraAddresses, changed.blackhole = 300, 100, 1300, 2, true, true
+		changed.peers = changed.peers[:400]
+		plain := w
+		plain.nexthops = false
+		onlyLinks := world{families: w.families, vni: 1, port: 8472, mtu: 1400, mac: 1, host: 1, forward: "1"}
+		observe(t, k)
+		rang := watching(t, k)
+		for i, step := range []world{w, changed, w, plain, w, onlyLinks} {
+			reconcile(t, k, step.state())
+			if r := rang(); len(r) > 0 {
+				t.Errorf("step %d rang %d times, first for %s, last for %s", i, len(r), r[0], r[len(r)-1])
+			}
+		}
+		k.events.mu.Lock()
+		defer k.events.mu.Unlock()
+		if len(k.events.echoes) > 0 {
+			t.Errorf("%d echoes never came, one is %+v", len(k.events.echoes), firstKey(k.events.echoes))
+		}
+	})
+}
+
+func firstKey(m map[echo]int) echo {
+	for k := range m {
+		return k
+	}
+	return echo{}
+}
+
+// TestForeignChangesRing does behind our back what must be repaired.
+func TestForeignChangesRing(t *testing.T) {
+	tests := []struct{ script, reason string }{
+		{"ip link set flannel.1 mtu 1280", "mtu 1280"},
+		{"ip link set flannel.1 down", "down"},
+		{"ip link set flannel.1 address 0e:99:00:00:00:01", "0e:99:00:00:00:01"},
+		{"ip link set flannel.1 alias x", "alias x"},
+		{"ip link set flannel.1 type vxlan id 1 local 198.51.100.2", "local 198.51.100.2"},
+		{"ip link del flannel.1", "link flannel.1 deleted"},
+		{"ip link set eth0 mtu 1400", "link eth0 mtu 1400"},
+		{"ip addr del 10.0.0.0/32 dev flannel.1", "address 10.0.0.0/32 on flannel.1 deleted"},
+		{"ip addr del fd00:5::/128 dev flannel-v6.1", "address fd00:5::/128 on flannel-v6.1 deleted"},
+		{"ip addr add 10.0.0.9/32 dev flannel.1", "address 10.0.0.9/32 on flannel.1 added"},
+		{"ip addr del 198.51.100.1/24 dev eth0", "address 198.51.100.1/24 on eth0 deleted"},
+		{"ip route del 10.0.2.0/24", "route 10.0.2.0/24 proto 84 deleted"},
+		{"ip -6 route del fd00:5:2::/64", "route fd00:5:2::/64 proto 84 deleted"},
+		{"ip route replace 10.0.2.0/24 via 198.51.100.9 dev eth0", "route 10.0.2.0/24 proto 3 added"},
+		{"ip -6 route replace fd00:5:2::/64 via 2001:db8:0::9", "route fd00:5:2::/64 proto 3 added"},
+		{"ip route add 10.99.0.0/24 via 10.99.0.0 dev flannel.1 onlink", "route 10.99.0.0/24 proto 3 added"},
+		{"ip route add default via 198.51.100.9", "route 0.0.0.0/0 proto 3 added"},
+		{"ip nexthop del id $((4 << 24 | 2))", "nexthop 67108866"},
+		{"ip nexthop replace id $((4 << 24 | 2)) via 10.0.77.0 dev flannel.1 onlink proto 84", "nexthop 67108866 via 10.0.77.0 added"},
+		{"ip neigh del 10.0.2.0 dev flannel.1", "neighbour 10.0.2.0 on flannel.1 deleted"},
+		{"ip neigh replace fd00:5:2:: lladdr 0a:99:00:00:00:01 dev flannel-v6.1 nud permanent", "neighbour fd00:5:2:: on flannel-v6.1 added"},
+		{"ip neigh replace 10.0.2.0 lladdr 0a:04:00:00:00:02 dev flannel.1 nud reachable", "neighbour 10.0.2.0 on flannel.1"},
+		{"bridge fdb del 0a:04:00:00:00:02 dev flannel.1", "fdb 0a:04:00:00:00:02 dst 198.18.0.2 on flannel.1 deleted"},
+		{"bridge fdb replace 0a:04:00:00:00:02 dev flannel.1 dst 198.51.100.99", "fdb 0a:04:00:00:00:02 dst 198.51.100.99 on flannel.1 added"},
+	}
+	inNode(t, func(k *Kernel) {
+		want := dualWorld(3).state()
+		reconcile(t, k, want)
+		rang := watching(t, k)
+		for _, test := range tests {
+			sh(t, test.script)
+			if r := strings.Join(rang(), "\n"); !strings.Contains(r, test.reason) {
+				t.Errorf("%s: rang for %q, not for %q", test.script, r, test.reason)
+			}
+			reconcile(t, k, want)
+			sh(t, "ip addr replace 198.51.100.1/24 dev eth0; ip link set eth0 mtu 1500; ip route del default 2>/dev/null || true; ip route del 10.0.2.0/24 proto 3 2>/dev/null || true; ip -6 route del fd00:5:2::/64 proto 3 2>/dev/null || true")
+			reconcile(t, k, want)
+			rang()
+		}
+	})
+}
+
+// TestForeignSameAsOwn lets a stranger undo and redo right after us what we did:
+// an echo must not swallow it.
+func TestForeignSameAsOwn(t *testing.T) {
+	inNode(t, func(k *Kernel) {
+		w := dualWorld(3)
+		rang := watching(t, k)
+		reconcile(t, k, w.state())
+		fewer := w
+		fewer.peers = w.peers[:1]
+		reconcile(t, k, fewer.state())
+		reconcile(t, k, w.state())
+		sh(t, `bridge fdb del 0a:04:00:00:00:02 dev flannel.1
+			bridge fdb add 0a:04:00:00:00:02 dev flannel.1 dst 198.18.0.2
+			ip neigh del 10.0.2.0 dev flannel.1
+			ip addr del fd00:5::/128 dev flannel-v6.1
+			ip addr add fd00:5::/128 dev flannel-v6.1`)
+		want := []string{
+			"fdb 0a:04:00:00:00:02 dst 198.18.0.2 on flannel.1 deleted", "fdb 0a:04:00:00:00:02 dst 198.18.0.2 on flannel.1 added",
+			"neighbour 10.0.2.0 on flannel.1 deleted", "address fd00:5::/128 on flannel-v6.1 deleted", "address fd00:5::/128 on flannel-v6.1 added",
+		}
+		got := strings.Join(rang(), "\n")
+		for _, reason := range want {
+			if !strings.Contains(got, reason) {
+				t.Errorf("did not ring for %q, only for\n%s", reason, got)
+			}
+		}
+	})
+}
+
+// TestNodeNoiseIsSilent does what a busy node does all day.
+func TestNodeNoiseIsSilent(t *testing.T) {
+	inNode(t, func(k *Kernel) {
+		sh(t, "ip link add cni0 type bridge; ip link set cni0 up; ip addr add 10.0.0.1/24 dev cni0")
+		reconcile(t, k, dualWorld(3).state())
+		rang := watching(t, k)
+		sh(t, `
+			for i in 1 2 3; do
+				ip link add veth$i type veth peer name pod$i
+				ip link set veth$i master cni0 up
+				ip link set pod$i up
+				ip neigh replace 10.0.0.$i lladdr 0a:77:00:00:00:0$i dev cni0 nud reachable
+				ip neigh replace 10.0.0.$i lladdr 0a:77:00:00:00:0$i dev cni0 nud stale
+				bridge fdb add 0a:77:00:00:00:0$i dev veth$i master static
+				ip route add 10.0.0.20$i/32 dev cni0
+				ip route del 10.0.0.20$i/32 dev cni0
+				ip route add 172.16.$i.0/24 via 198.51.100.9
+				ip route replace 172.16.$i.0/24 via 198.51.100.8
+				ip route add 10.20$i.0.0/24 via 198.51.100.9
+				ip nexthop replace id $i via 198.51.100.9 dev eth0 proto zebra
+				ip link del veth$i
+			done
+			ip link set eth0 promisc on
+			ip link set eth0 promisc off
+			ip neigh add 198.51.100.9 lladdr 0a:77:00:00:00:09 dev eth0
+			ping -c 1 -W 1 -q 10.0.0.77 >/dev/null || true`)
+		if r := rang(); len(r) > 0 {
+			t.Errorf("rang for %s", strings.Join(r, "\n"))
+		}
+	})
+}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/twill-net/twill/pkg/kernel"
 	"github.com/twill-net/twill/pkg/overlay"
+	"github.com/twill-net/twill/pkg/pod"
 )
 
 // Cleanup removes all that is Twill's from the node's network and nothing else,
@@ -44,6 +45,15 @@ func Cleanup(ctx context.Context, cfg Config, out io.Writer, log *slog.Logger) e
 		}
 		fmt.Fprintln(out, op)
 	}
+	bridge, ports, err := pod.RemoveIdleBridge(overlay.Bridge)
+	switch {
+	case err != nil:
+		errs = append(errs, err)
+	case bridge:
+		fmt.Fprintln(out, "link delete", overlay.Bridge)
+	case ports > 0:
+		fmt.Fprintf(out, "link %s stays: %d pods hang on it\n", overlay.Bridge, ports)
+	}
 	for _, file := range []string{cfg.SubnetFile, cfg.HandoffFile(), cfg.Socket} {
 		switch err := os.Remove(file); {
 		case err == nil:
@@ -52,7 +62,7 @@ func Cleanup(ctx context.Context, cfg Config, out io.Writer, log *slog.Logger) e
 			errs = append(errs, err)
 		}
 	}
-	if len(plan) == 0 && len(errs) == 0 {
+	if len(plan) == 0 && !bridge && len(errs) == 0 {
 		fmt.Fprintln(out, "nothing of Twill's is in the kernel")
 	}
 	return errors.Join(errs...)

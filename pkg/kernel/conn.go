@@ -82,7 +82,12 @@ func openConn() (*conn, error) {
 	return &conn{fd: fd, portid: portid, buf: make([]byte, readSize)}, nil
 }
 
-func (c *conn) close() error { return unix.Close(c.fd) }
+// close makes later calls fail, also when the number has another file by then.
+func (c *conn) close() error {
+	fd := c.fd
+	c.fd = -1
+	return unix.Close(fd)
+}
 
 // receive returns what the kernel sent next. Datagrams from processes, which root
 // could send, are dropped.

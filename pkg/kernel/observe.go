@@ -43,7 +43,7 @@ type observer struct {
 	scope Scope
 	state overlay.State
 	own   []link // the links that are ours or flannel's
-	// names holds the names of the links met so far; named says that it holds all.
+	// names holds the names of the links met so far; named says that these are all.
 	names map[uint32]string
 	named bool
 }
@@ -81,11 +81,25 @@ func (c *conn) links(ctx context.Context, kind string) ([]link, error) {
 	return out, nil
 }
 
-// name returns the name of a link. The first that is not known makes it read
-// all names: one dump, however many pods' routes there are. A link that is gone
-// by then has none.
+// fewLinks is how many links are asked for one by one: the uplink and the bridge
+// of the pods, on most nodes. Many more are read in one dump.
+const fewLinks = 8
+
+// name returns the name of a link, or none if the link is gone by now.
 func (o *observer) name(index uint32) (string, error) {
 	if name, ok := o.names[index]; ok || index == 0 || o.named {
+		return name, nil
+	}
+	if len(o.names) < fewLinks {
+		name := ""
+		err := o.conn.request(func(e *encoder) {
+			beginLink(e, unix.RTM_GETLINK, index)
+			e.u32(unix.IFLA_EXT_MASK, skipStats)
+		}, func(_ header, body []byte) { name = decodeLink(body).Name })
+		if err != nil && !absent(err) {
+			return "", fmt.Errorf("link %d: %w", index, err)
+		}
+		o.names[index] = name
 		return name, nil
 	}
 	all, err := o.conn.links(o.ctx, "")

@@ -14,9 +14,11 @@ import (
 // Watch rings the bell when somebody else changed what Observe would look at, by
 // the scope of the last Observe: with a reason in plain words, from more than one
 // goroutine, and sometimes once too often. What the node does all day long (pods
-// that come and go, ARP on other links, routes of others) and what Apply does
-// here stay silent. It rings once at the start, when it begins to listen, and
-// returns when ctx ends or a socket breaks. Only one Watch may run at a time.
+// that come and go, ARP on other links, routes of others) stays silent, and so
+// does what Apply does here, but for changes of a link: the kernel does not say
+// whose those are, nor whose is what it drops with a link. It rings once at the
+// start, when it begins to listen, and returns when ctx ends or a socket breaks.
+// Only one Watch may run at a time.
 func (k *Kernel) Watch(ctx context.Context, bell func(reason string)) error {
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return k.watchNetlink(ctx, bell) })
@@ -54,7 +56,7 @@ func (k *Kernel) watchNetlink(ctx context.Context, bell func(string)) error {
 type watcher struct {
 	kernel *Kernel
 	bell   func(string)
-	links  map[uint32]link // those that matter, as last seen
+	links  map[uint32]link // all, as last seen
 }
 
 // list learns which links there are.
@@ -65,22 +67,23 @@ func (w *watcher) list(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("watch %w", err)
 	}
-	w.links = map[uint32]link{}
+	w.links = make(map[uint32]link, len(all))
 	for _, l := range all {
 		w.remember(l)
 	}
 	return nil
 }
 
-// remember keeps a link that matters and reports whether it has news.
+// remember keeps a link and reports whether it has news.
 func (w *watcher) remember(l link) bool {
-	before, known := w.links[l.index]
-	if !known && !l.candidate() && l.Name != w.kernel.scope.Load().Uplink {
-		return false
-	}
+	before := w.links[l.index]
 	l.flags = 0 // carrier and promiscuity come and go; Up holds what matters
 	w.links[l.index] = l
-	return l != before
+	return l != before && (w.matters(l) || w.matters(before))
+}
+
+func (w *watcher) matters(l link) bool {
+	return l.candidate() || l.Name != "" && l.Name == w.kernel.scope.Load().Uplink
 }
 
 // own returns the link of that index if it is an overlay's.
@@ -115,9 +118,8 @@ func (w *watcher) link(h header, body []byte) string {
 	}
 	l := decodeLink(body)
 	if h.typ == unix.RTM_DELLINK {
-		_, known := w.links[l.index]
 		delete(w.links, l.index)
-		if known {
+		if w.matters(l) {
 			return fmt.Sprintf("link %s deleted", l.Name)
 		}
 		return ""
@@ -129,10 +131,10 @@ func (w *watcher) link(h header, body []byte) string {
 }
 
 func (w *watcher) addr(h header, body []byte) string {
-	l, known := w.links[linkIndexOf(body)]
+	l := w.links[linkIndexOf(body)]
 	p := decodeAddr(body).prefix
 	verb := verbOf(h, unix.RTM_DELADDR)
-	if !known || !p.IsValid() || p.Addr().IsLinkLocalUnicast() || w.kernel.events.take(addrEcho(verb, p, l.index)) {
+	if !w.matters(l) || !p.IsValid() || p.Addr().IsLinkLocalUnicast() || w.kernel.events.take(addrEcho(verb, p, l.index)) {
 		return ""
 	}
 	return fmt.Sprintf("address %s on %s %s", p, l.Name, past(verb))

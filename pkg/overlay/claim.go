@@ -49,7 +49,7 @@ const randomSubnets = 100
 // there, so a lost race only means that Next is asked again. draw returns a
 // number in 0..n-1.
 func (c Claim) Next(cfg Config, leases []*Lease, draw func(n int) int) (Step, error) {
-	lost := losers(leases)
+	lost := losers(cfg, leases)
 	if own := c.own(leases); own != nil {
 		return c.keep(cfg, own, lost[own])
 	}
@@ -70,7 +70,7 @@ func (c Claim) Next(cfg Config, leases []*Lease, draw func(n int) int) (Step, er
 // keep decides on a lease that bears our address.
 func (c Claim) keep(cfg Config, own, winner *Lease) (Step, error) {
 	if winner != nil {
-		return Step{Act: Remove, Lease: *own, Why: "it overlaps an older lease: " + winner.holder()}, nil
+		return Step{Act: Remove, Lease: *own, Why: "it overlaps a lease with the better claim: " + winner.holder()}, nil
 	}
 	if err := cfg.Check(own.Subnets); err != nil {
 		return Step{Act: Remove, Lease: *own, Why: err.Error()}, nil
@@ -138,11 +138,10 @@ func (c Claim) better(a, b *Lease) bool {
 	return a.Created < b.Created
 }
 
-// losers maps each lease that has to give way to the one it overlaps: the oldest
-// key stands, then the next oldest that overlaps none that stands, and so on; of
-// two keys of one revision the lower is the older. Every node comes to the same
-// verdict, flannel's excepted.
-func losers(leases []*Lease) map[*Lease]*Lease {
+// losers maps each lease that has to give way to the one it overlaps: the best
+// claim stands, then the next that overlaps none that stands, and so on. Every
+// node comes to the same verdict, flannel's excepted.
+func losers(cfg Config, leases []*Lease) map[*Lease]*Lease {
 	rivals := map[*Lease][]*Lease{}
 	for _, f := range []Family{IPv4, IPv6} {
 		// Prefixes are disjoint or nested; around holds those that enclose l.
@@ -159,9 +158,9 @@ func losers(leases []*Lease) map[*Lease]*Lease {
 		}
 	}
 	lost := make(map[*Lease]*Lease, len(rivals))
-	for _, l := range slices.SortedFunc(maps.Keys(rivals), (*Lease).compareAge) {
+	for _, l := range slices.SortedFunc(maps.Keys(rivals), cfg.compareClaims) {
 		for _, r := range rivals[l] {
-			if r.compareAge(l) < 0 && lost[r] == nil {
+			if cfg.compareClaims(r, l) < 0 && lost[r] == nil {
 				lost[l] = r
 				break
 			}
@@ -170,23 +169,40 @@ func losers(leases []*Lease) map[*Lease]*Lease {
 	return lost
 }
 
-func (l *Lease) compareAge(o *Lease) int {
-	return cmp.Or(cmp.Compare(l.Created, o.Created), l.Compare(o.Subnets))
+// compareClaims puts the better of two claims first: a subnet such as the
+// configuration gives before any other, or one old key 10.0.0.0-8 would drive out
+// the whole cluster; then the older key; of two of one revision the lower.
+func (c Config) compareClaims(a, b *Lease) int {
+	if x, y := c.regular(a), c.regular(b); x != y {
+		if x {
+			return -1
+		}
+		return 1
+	}
+	return cmp.Or(cmp.Compare(a.Created, b.Created), a.Compare(b.Subnets))
 }
 
-// ordered returns the leases that have a subnet of a family in its order; those
-// of a Snapshot are in that of IPv4.
-func ordered(leases []*Lease, f Family) []*Lease {
-	if f == IPv4 {
-		return leases
-	}
-	var out []*Lease
-	for _, l := range leases {
-		if l.V6.IsValid() {
-			out = append(out, l)
+// regular reports whether the subnets of a lease could be given by the
+// configuration, SubnetMin and SubnetMax apart.
+func (c Config) regular(l *Lease) bool {
+	for _, f := range c.families() {
+		p, s := c.Pool(f), l.Subnet(f)
+		if s.IsValid() && (s.Bits() != p.SubnetLen || !p.Network.Contains(s.Addr())) {
+			return false
 		}
 	}
-	slices.SortFunc(out, func(a, b *Lease) int { return comparePrefix(a.V6, b.V6) })
+	return true
+}
+
+// ordered returns the leases in the order of a family's subnets; those of a
+// Snapshot are in that of IPv4.
+func ordered(leases []*Lease, f Family) []*Lease {
+	byV6 := func(a, b *Lease) int { return comparePrefix(a.V6, b.V6) }
+	if f == IPv4 || slices.IsSortedFunc(leases, byV6) {
+		return leases
+	}
+	out := slices.Clone(leases)
+	slices.SortFunc(out, byV6)
 	return out
 }
 
@@ -206,7 +222,8 @@ func (c Config) pick(leases []*Lease, prefer Subnets, draw func(n int) int) (Sub
 	for _, f := range c.families() {
 		p := prefer.Subnet(f)
 		pool := c.Pool(f)
-		taken := subnets(leases, f)
+		// Nobody routes a lease of all the network, so it takes nothing from it.
+		taken := slices.DeleteFunc(subnets(leases, f), func(s netip.Prefix) bool { return s.Bits() <= pool.Network.Bits() })
 		if pool.Check(p) != nil || slices.ContainsFunc(taken, p.Overlaps) {
 			free := pool.free(taken, randomSubnets)
 			if len(free) == 0 {

@@ -164,6 +164,8 @@ func TestClaim(t *testing.T) {
 		{"same IPv6 subnet under two keys", "config " + dualJSON + "\nput 10.5.52.0-24&fd00:5:0:34::-64 198.51.100.1 " + macA + "\nput 10.5.53.0-24&fd00:5:0:34::-64 198.51.100.2 " + macB + "\nnode a 198.51.100.1 " + macA + "\nnode b 198.51.100.2 " + macB + "\nrun"},
 		{"wide lease over two, and younger", "put 10.5.52.0-24 198.51.100.1 " + macA + "\nput 10.5.53.0-24 198.51.100.2 " + macB + "\nput 10.5.52.0-23 198.51.100.3 " + macC + "\nnode a 198.51.100.1 " + macA + "\nnode b 198.51.100.2 " + macB + "\nrun"},
 		{"wide lease over two, and older", "put 10.5.52.0-23 198.51.100.3 " + macC + "\nput 10.5.52.0-24 198.51.100.1 " + macA + "\nput 10.5.53.0-24 198.51.100.2 " + macB + "\nnode a 198.51.100.1 " + macA + "\nnode b 198.51.100.2 " + macB + "\nrun"},
+		{"wide lease, oldest of all", "put 10.0.0.0-8 198.51.100.3 " + macC + "\nput 10.5.52.0-24 198.51.100.1 " + macA + "\nnode a 198.51.100.1 " + macA + "\nnode b 198.51.100.2 " + macB + "\nrun"},
+		{"subnets cut otherwise", "config " + `{"Network":"10.5.0.0/16","SubnetLen":25,"Backend":{"Type":"vxlan"}}` + "\nput 10.5.52.0-24 198.51.100.3 " + macC + "\nput 10.5.52.128-25 198.51.100.1 " + macA + "\nnode a 198.51.100.1 " + macA + "\nrun"},
 		// b stands over the wide one, which therefore does not stand over a.
 		{"wide lease over two, of an age between", "put 10.5.53.0-24 198.51.100.2 " + macB + "\nput 10.5.52.0-23 198.51.100.3 " + macC + "\nput 10.5.52.0-24 198.51.100.1 " + macA + "\nnode a 198.51.100.1 " + macA + "\nnode b 198.51.100.2 " + macB + "\nrun"},
 	} {
@@ -248,7 +250,7 @@ func runAll(t *testing.T, s *fakeStore, nodes []*claimant, out *strings.Builder)
 // checkHeld checks that the leases of all nodes stand beside each other.
 func checkHeld(t *testing.T, s *fakeStore, nodes []*claimant) {
 	t.Helper()
-	lost := losers(s.snapshot())
+	lost := losers(s.cfg, s.snapshot())
 	for i, c := range nodes {
 		if c.key == "" {
 			continue
@@ -370,16 +372,24 @@ func randomWorld(r *rand.Rand, s *fakeStore) []*claimant {
 	return nodes
 }
 
-// The oldest stands, then the next that overlaps none that stands.
+// The best claim stands, then the next that overlaps none that stands.
 func TestLosersAgainstReference(t *testing.T) {
 	for seed := range uint64(500) {
 		r := rand.New(rand.NewPCG(seed, 2))
 		s := newFakeStore(config(t, dualJSON))
 		randomWorld(r, s)
 		leases := s.snapshot()
-		byAge := slices.SortedFunc(slices.Values(leases), func(a, b *Lease) int { return int(a.Created - b.Created) })
+		irregular := func(l *Lease) bool {
+			return l.V4.Bits() != 24 || !s.cfg.V4.Network.Contains(l.V4.Addr()) || l.V6.IsValid() && l.V6.Bits() != 64
+		}
+		byAge := slices.SortedFunc(slices.Values(leases), func(a, b *Lease) int {
+			if irregular(a) != irregular(b) {
+				return map[bool]int{true: 1, false: -1}[irregular(a)]
+			}
+			return int(a.Created - b.Created)
+		})
 		var stands []*Lease
-		got := losers(leases)
+		got := losers(s.cfg, leases)
 		for _, l := range byAge {
 			free := !slices.ContainsFunc(stands, func(o *Lease) bool { return o.Overlaps(l.Subnets) })
 			if free {
@@ -390,7 +400,7 @@ func TestLosersAgainstReference(t *testing.T) {
 			}
 		}
 		// All nodes agree, and so they do whatever the pointers are.
-		again := losers(s.snapshot())
+		again := losers(s.cfg, s.snapshot())
 		if !maps.Equal(got, again) {
 			t.Fatalf("seed %d: two verdicts", seed)
 		}

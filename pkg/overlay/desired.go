@@ -45,7 +45,7 @@ func (c Config) CheckBackend() error {
 
 func (c Config) backend() (backend, error) {
 	if c.Backend.Type == "vxlan" {
-		return vxlan{c.Backend.VXLAN}, nil
+		return newVXLAN(c.Backend.VXLAN), nil
 	}
 	return nil, fmt.Errorf("Backend.Type: %s: this version of Twill carries packets by vxlan alone; store \"Backend\": {\"Type\": \"vxlan\"}", c.Backend.Type)
 }
@@ -149,6 +149,13 @@ type draft struct {
 	problems []Problem
 }
 
+func (d *draft) pool(f Family) *Pool {
+	if f == IPv4 {
+		return &d.cfg.V4
+	}
+	return &d.cfg.V6
+}
+
 func (d *draft) problem(object, remedy, format string, args ...any) {
 	d.problems = append(d.problems, Problem{Object: object, Reason: fmt.Sprintf(format, args...), Remedy: remedy})
 }
@@ -159,7 +166,7 @@ func Desired(snap *Snapshot, self Self) (State, []Problem) {
 	n := len(snap.Leases)
 	d := &draft{cfg: snap.Config, self: self, problems: slices.Clone(snap.Problems)}
 	b, err := snap.Config.backend()
-	if err != nil {
+	if err != nil { // the caller asks CheckBackend before it takes a configuration up
 		d.problem("config", "", "%v", err)
 		return State{}, d.problems
 	}
@@ -175,9 +182,18 @@ func Desired(snap *Snapshot, self Self) (State, []Problem) {
 	d.state.Neighs, d.state.FDB = make([]Neigh, 0, n), make([]FDB, 0, n)
 	b.own(d)
 	d.node()
-	lost := losers(snap.Leases)
-	for _, l := range snap.Leases {
-		d.peer(b, l, lost[l])
+	peers := d.peers(snap.Leases)
+	for _, f := range d.families {
+		nodes := d.nodes(peers, f)
+		for _, l := range ordered(peers, f) {
+			err := d.reasonable(l, f, nodes)
+			if err == nil {
+				err = b.peer(d, l, f)
+			}
+			if err != nil {
+				d.problem("lease "+l.Key(), "", "%s peer %s: %v", f, l.address(), err)
+			}
+		}
 	}
 	d.state.Normalize()
 	d.dropTwins(snap.Leases)
@@ -205,49 +221,69 @@ func (d *draft) node() {
 	}
 }
 
-// peer adds the objects of one lease. winner is the lease that has the better
-// claim to the same addresses, if there is one.
-func (d *draft) peer(b backend, l, winner *Lease) {
-	problem := func(remedy, format string, args ...any) { d.problem("lease "+l.Key(), remedy, format, args...) }
-	own := l.Subnets == d.self.Subnets
-	switch {
-	case winner != nil && own:
-		problem("twilld moves to another subnet", "this node's subnet overlaps an older lease: %s", winner.holder())
-	case winner != nil:
-		problem("the node takes another subnet by itself if it runs twilld; else delete its key", "overlaps an older lease: %s", winner.holder())
-	case own:
-	case l.Err != nil:
-		problem("restart the node's daemon or correct the key's value", "%v", l.Err)
-	case l.Backend == "" && l.Reserved(): // nobody lives there yet
-	case l.address() == d.self.address():
-		problem("delete the key, or give one of the nodes another address", "says that its node is at %s, which is this node's address", l.address())
-	default:
-		for _, f := range d.families {
-			err := d.reasonable(l, f)
-			if err == nil {
-				err = b.peer(d, l, f)
-			}
-			if err != nil {
-				problem("", "%s peer %s: %v", f, l.address(), err)
-			}
+// peers returns the leases that somebody else holds by right. Of the others but
+// our own it says what is wrong.
+func (d *draft) peers(leases []*Lease) []*Lease {
+	lost := losers(d.cfg, leases)
+	out := make([]*Lease, 0, len(leases))
+	for _, l := range leases {
+		problem := func(remedy, format string, args ...any) { d.problem("lease "+l.Key(), remedy, format, args...) }
+		own, winner := l.Subnets == d.self.Subnets, lost[l]
+		switch {
+		case winner != nil && own:
+			problem("twilld moves to another subnet", "this node's subnet overlaps a lease with the better claim: %s", winner.holder())
+		case winner != nil:
+			problem("the node takes another subnet by itself if it runs twilld; else delete its key", "overlaps a lease with the better claim: %s", winner.holder())
+		case own:
+		case l.Err != nil:
+			problem("restart the node's daemon or correct the key's value", "%v", l.Err)
+		case l.Backend == "" && l.Reserved(): // nobody lives there yet
+		case l.address() == d.self.address():
+			problem("delete the key, or give one of the nodes another address", "says that its node is at %s, which is this node's address", l.address())
+		default:
+			out = append(out, l)
 		}
 	}
+	return out
+}
+
+// nodes returns the addresses that outer packets go to, in order, if there is a
+// subnet outside the pod network that might contain some.
+func (d *draft) nodes(leases []*Lease, f Family) []netip.Addr {
+	network := d.cfg.Pool(f).Network
+	if !slices.ContainsFunc(leases, func(l *Lease) bool { return l.Subnet(f).IsValid() && !network.Contains(l.Subnet(f).Addr()) }) {
+		return nil
+	}
+	out := []netip.Addr{d.self.Uplink.addr(f)}
+	for _, l := range leases {
+		if l.Public(f).IsValid() {
+			out = append(out, l.Public(f))
+		}
+	}
+	slices.SortFunc(out, netip.Addr.Compare)
+	return out
 }
 
 // reasonable refuses a peer whose route would do harm to others: it would take
 // the traffic to nodes, or to far more than pods. A subnet beside the network is
 // well: the network may just be on its way to a wider one, node by node.
-func (d *draft) reasonable(l *Lease, f Family) error {
-	subnet, network := l.Subnet(f), d.cfg.Pool(f).Network
+func (d *draft) reasonable(l *Lease, f Family, nodes []netip.Addr) error {
+	subnet, network := l.Subnet(f), d.pool(f).Network
 	switch {
 	case !subnet.IsValid():
 		return fmt.Errorf("it has no %s subnet", f)
 	case !l.Public(f).IsValid():
 		return fmt.Errorf("it publishes no %s address", f)
-	case subnet.Bits() < network.Bits():
-		return fmt.Errorf("its subnet is wider than the whole network %s", network)
+	case subnet.Bits() <= network.Bits():
+		return fmt.Errorf("its subnet is as wide as the whole network %s", network)
 	case subnet.Contains(l.Public(f)):
 		return fmt.Errorf("its address %s lies in its own subnet", l.Public(f))
+	case network.Contains(subnet.Addr()):
+		return nil
+	}
+	i, _ := slices.BinarySearchFunc(nodes, subnet.Addr(), netip.Addr.Compare)
+	if i < len(nodes) && subnet.Contains(nodes[i]) {
+		return fmt.Errorf("its subnet contains the address of node %s", nodes[i])
 	}
 	for _, p := range d.self.Uplink.OnLink {
 		if subnet.Overlaps(p) {
@@ -258,15 +294,16 @@ func (d *draft) reasonable(l *Lease, f Family) error {
 }
 
 // address identifies the node that holds the lease.
-func (a Attrs) address() netip.Addr {
+func (a *Attrs) address() netip.Addr {
 	if a.PublicIP.IsValid() {
 		return a.PublicIP
 	}
 	return a.PublicIPv6
 }
 
-func (s Self) address() netip.Addr {
-	return Attrs{PublicIP: s.PublicIP, PublicIPv6: s.PublicV6}.address()
+func (s *Self) address() netip.Addr {
+	a := Attrs{PublicIP: s.PublicIP, PublicIPv6: s.PublicV6}
+	return a.address()
 }
 
 // route leads dst to gateway by a nexthop object of its own. Without nexthop
@@ -286,7 +323,7 @@ func (d *draft) route(dst netip.Prefix, gateway netip.Addr, link string, onlink 
 // the pool, behind 0x54 (84, IPv4) or 0x55 (IPv6): two peers never share one.
 func (d *draft) nexthopID(dst netip.Prefix) (uint32, bool) {
 	f := FamilyOf(dst.Addr())
-	pool := d.cfg.Pool(f)
+	pool := d.pool(f)
 	n, ok := pool.index(dst)
 	if !ok || !d.self.Nexthops || dst.Bits() != pool.SubnetLen || n > 1<<24-1 {
 		return 0, false

@@ -104,6 +104,7 @@ func scenes() []scene {
 		}},
 		{name: "bad peers", config: v4JSON, leases: []Lease{
 			peerLease("10.5.2.0-24", 2),
+			peerLease("10.5.3.0-24", 3, elsewhere),
 			peerLease("10.5.10.0-24", 10, func(l *Lease) { l.Backend = "host-gw" }),
 			peerLease("10.5.11.0-24", 11, func(l *Lease) { l.Backend = "" }),
 			peerLease("10.5.12.0-24", 12, func(l *Lease) { l.VTEP = VTEP{} }),
@@ -117,6 +118,9 @@ func scenes() []scene {
 			peerLease("198.51.0.0-16", 20),
 			peerLease("128.0.0.0-1", 21, elsewhere),
 			peerLease("10.4.0.0-15", 22),
+			peerLease("10.0.0.0-8", 23, func(l *Lease) { l.Created = 1 }), // the oldest
+			peerLease("203.0.112.0-20", 24),
+			peerLease("172.0.0.0-8", 25),
 		}},
 		{name: "subnets beside the network", config: v4JSON, leases: []Lease{peerLease("10.6.2.0-24", 2), peerLease("10.4.0.0-16", 3)}},
 		{name: "odd lengths", config: v4JSON, leases: []Lease{peerLease("10.5.2.0-25", 2), peerLease("10.5.4.0-23", 4), peerLease("10.5.6.0-31", 6), peerLease("10.5.0.0-24", 7)}},
@@ -132,9 +136,10 @@ func scenes() []scene {
 		{name: "overlapping leases", config: v4JSON, leases: []Lease{
 			peerLease("10.5.52.0-23", 2), peerLease("10.5.52.0-24", 3), peerLease("10.5.53.0-24", 4),
 			peerLease("10.5.60.0-24", 6), peerLease("10.5.60.0-24&fd00:5:0:3c::-64", 5),
-			{Subnets: subnetsOf("10.5.70.0-24"), Err: fmt.Errorf("value is not a lease"), Created: 1, Grant: 1}, peerLease("10.5.70.0-25", 7),
+			{Subnets: subnetsOf("10.5.70.0-24"), Err: fmt.Errorf("value is not a lease"), Created: 1, Grant: 1},
+			peerLease("10.5.70.0-25", 7),
 		}},
-		{name: "own subnet overlapped", config: v4JSON, leases: []Lease{peerLease("10.5.0.0-23", 2, func(l *Lease) { l.Created = 1 })}},
+		{name: "own subnet overlapped", config: v4JSON, leases: []Lease{peerLease("10.5.1.0-24&fd00:5:0:2::-64", 2, func(l *Lease) { l.Created = 1 })}},
 		{name: "own subnet overlapped by a younger one", config: v4JSON, leases: []Lease{peerLease("10.5.1.128-25", 2)}},
 		{name: "own lease lacks IPv6", config: dualJSON, leases: twoDual, self: func(s *Self) { s.Subnets = subnetsOf("10.5.1.0-24") }},
 	}
@@ -145,8 +150,6 @@ func TestDesired(t *testing.T) {
 		t.Run(s.name, func(t *testing.T) {
 			state, problems := s.desired(t)
 			golden(t, "desired/"+strings.ReplaceAll(s.name, " ", "-"), printProblems(problems)+printState(state))
-			sorted := state
-			sorted.Links, sorted.Routes = slices.Clone(state.Links), slices.Clone(state.Routes)
 			if !slices.IsSortedFunc(state.Routes, Route.compare) || !slices.IsSortedFunc(state.FDB, FDB.compare) || !slices.IsSortedFunc(state.Neighs, Neigh.compare) || !slices.IsSortedFunc(state.Nexthops, Nexthop.compare) {
 				t.Error("not normalized")
 			}
@@ -162,16 +165,33 @@ func TestBadPeersCostOthersNothing(t *testing.T) {
 		}
 		with, problems := s.desired(t)
 		bad := s.leases
-		s.leases = s.leases[:1]
+		s.leases = s.leases[:2]
 		without, _ := s.desired(t)
 		if printState(with) != printState(without) {
 			t.Errorf("with bad peers:\n%s\nwithout:\n%s", printState(with), printState(without))
 		}
-		for _, l := range bad[1:] {
+		for _, l := range bad[2:] {
 			if !slices.ContainsFunc(problems, func(p Problem) bool { return p.Object == "lease "+l.Key() }) {
 				t.Errorf("nothing is said about %s", l.Key())
 			}
 		}
+	}
+}
+
+// The uplink's own address is no peer's pod either, if the uplink has no network.
+func TestPeerOverOwnAddress(t *testing.T) {
+	s := scene{config: v4JSON, leases: []Lease{peerLease("198.51.100.0-28", 200)}, self: func(s *Self) { s.Uplink.OnLink = nil }}
+	state, problems := s.desired(t)
+	if len(state.Routes) > 0 || len(problems) != 1 || !strings.Contains(problems[0].Reason, "address of node 198.51.100.1") {
+		t.Errorf("%s%s", printProblems(problems), printState(state))
+	}
+}
+
+func TestSnapshotLease(t *testing.T) {
+	a, b := peerLease("10.5.2.0-24", 2), peerLease("10.5.2.0-24&fd00:5:0:2::-64", 3)
+	snap := &Snapshot{Leases: []*Lease{&a, &b}}
+	if snap.Lease(b.Subnets) != &b || snap.Lease(a.Subnets) != &a || snap.Lease(subnetsOf("10.5.3.0-24")) != nil {
+		t.Error("a lease is not found by its subnets")
 	}
 }
 
@@ -209,8 +229,12 @@ func TestPublishedAttrs(t *testing.T) {
 			t.Errorf("%s: what is published and read back differs, so it would be written for ever:\n%+v\n%+v", c.config, a, back)
 		}
 	}
-	if _, err := PublishedAttrs(config(t, `{"Network":"10.5.0.0/16"}`), self); err == nil {
+	udp := config(t, `{"Network":"10.5.0.0/16"}`)
+	if _, err := PublishedAttrs(udp, self); err == nil {
 		t.Error("backend udp publishes something")
+	}
+	if _, err := PodMTU(udp, self); err == nil {
+		t.Error("backend udp has an MTU")
 	}
 }
 
@@ -219,8 +243,13 @@ func TestPodMTU(t *testing.T) {
 		config       string
 		uplink, want int
 	}{
-		{v4JSON, 1500, 1450}, {dualJSON, 1500, 1430}, {v4JSON, 9000, 8950}, {vxlanJSON(`"MTU":1400`), 9000, 1350},
-		{v4JSON, 600, 576}, {dualJSON, 1300, 1250}, {strings.Replace(dualJSON, `"Port"`, `"MTU":1350,"Port"`, 1), 1500, 1280},
+		{v4JSON, 1500, 1450},
+		{dualJSON, 1500, 1430},
+		{v4JSON, 9000, 8950},
+		{vxlanJSON(`"MTU":1400`), 9000, 1350},
+		{v4JSON, 600, 576},
+		{dualJSON, 1300, 1250},
+		{strings.Replace(dualJSON, `"Port"`, `"MTU":1350,"Port"`, 1), 1500, 1280},
 	} {
 		got, err := PodMTU(config(t, c.config), Self{Uplink: Uplink{MTU: c.uplink}})
 		if err != nil || got != c.want {

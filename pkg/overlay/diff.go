@@ -1,6 +1,7 @@
 package overlay
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -62,6 +63,11 @@ func Diff(have, want State) (Plan, []Problem) {
 
 	var fresh, stale Plan
 	compareAll(&fresh, &stale, have.Sysctls, want.Sysctls, Sysctl.compare, func(h, w Sysctl) bool { return w.satisfiedBy(h.Value) })
+	// accept_ra=2 comes before forwarding=1, which makes the kernel drop the
+	// default routes it has learned from router advertisements.
+	slices.SortStableFunc(fresh, func(a, b Op) int {
+		return cmp.Compare(b.Object.(Sysctl).When, a.Object.(Sysctl).When)
+	})
 	compareAll(&fresh, &stale, have.Links, want.Links, Link.compare, same)
 	compareAll(&fresh, &stale, have.Chains, want.Chains, Chain.compare, func(h, w Chain) bool { return h.Hash == w.Hash })
 	compareAll(&fresh, &stale, have.Addrs, want.Addrs, Addr.compare, same)
@@ -112,6 +118,24 @@ func (a Link) Ours() bool { return a.Alias == Alias }
 // kernel cannot change a VXLAN device's VNI, port or GBP flag.
 func (a Link) Recreate(w Link) bool {
 	return a.VXLAN.VNI != w.VXLAN.VNI || a.VXLAN.Port != w.VXLAN.Port || a.VXLAN.GBP != w.VXLAN.GBP
+}
+
+// CheckLinks names the interfaces of others that stand where the backend's own
+// devices have to be. have are those that may be ours or flannel's, ifaces all.
+func CheckLinks(c Config, have []Link, ifaces []Iface) []Problem {
+	v := c.Backend.VXLAN
+	var want []Link
+	for _, f := range c.families() {
+		want = append(want, Link{Name: VXLANLink(f, v.VNI), VXLAN: VXLAN{VNI: v.VNI, Port: v.Port, GBP: v.GBP}})
+	}
+	out := foreignLinks(have, want)
+	for _, w := range want {
+		if slices.ContainsFunc(ifaces, func(i Iface) bool { return i.Name == w.Name }) &&
+			!slices.ContainsFunc(have, func(h Link) bool { return h.Name == w.Name }) {
+			out = append(out, Problem{Object: "link " + w.Name, Reason: "exists and is not a VXLAN device", Remedy: "remove it (ip link delete " + w.Name + ")"})
+		}
+	}
+	return out
 }
 
 // foreignLinks names the links that bear a wanted name but are neither ours nor

@@ -37,7 +37,7 @@ func (p Pool) Check(s netip.Prefix) error {
 
 // free returns up to limit subnets of the pool that overlap none of taken, which
 // must be sorted. It steps over a taken prefix as a whole.
-func (p Pool) free(taken []netip.Prefix, limit int) []netip.Prefix {
+func (p *Pool) free(taken []netip.Prefix, limit int) []netip.Prefix {
 	var out []netip.Prefix
 	for a := p.Min; len(out) < limit && !p.Max.Less(a); {
 		s := netip.PrefixFrom(a, p.SubnetLen)
@@ -62,7 +62,7 @@ func (p Pool) free(taken []netip.Prefix, limit int) []netip.Prefix {
 
 // index numbers the subnets of the pool from 0; ok is false if s lies outside the
 // network or its number does not fit.
-func (p Pool) index(s netip.Prefix) (n uint32, ok bool) {
+func (p *Pool) index(s netip.Prefix) (n uint32, ok bool) {
 	if !p.Enabled() || !p.Network.Contains(s.Addr()) {
 		return 0, false
 	}

@@ -45,6 +45,13 @@ type Uplink struct {
 	Why    string         // which rule chose it, for the operator
 }
 
+func (u *Uplink) addr(f Family) netip.Addr {
+	if f == IPv4 {
+		return u.V4
+	}
+	return u.V6
+}
+
 // UplinkRules say how to choose the uplink. The first rule that finds an
 // interface wins: each Names, each Patterns, CanReach, the default route.
 type UplinkRules struct {

@@ -9,7 +9,21 @@ import (
 // things: a route to its subnet by the gateway <first address of the subnet>, the
 // gateway's permanent neighbour entry, which gives the peer's VTEP MAC, and the
 // FDB entry of that MAC, which gives the address for the outer packet.
-type vxlan struct{ VXLANConfig }
+type vxlan struct {
+	VXLANConfig
+	link4, link6 string // names of the devices
+}
+
+func newVXLAN(c VXLANConfig) *vxlan {
+	return &vxlan{c, VXLANLink(IPv4, c.VNI), VXLANLink(IPv6, c.VNI)}
+}
+
+func (v *vxlan) link(f Family) string {
+	if f == IPv4 {
+		return v.link4
+	}
+	return v.link6
+}
 
 // vxlanOverhead is what is wrapped around a pod's packet, in bytes: outer IP (20
 // or 40), UDP 8, VXLAN 8, inner Ethernet 14.
@@ -20,7 +34,7 @@ func vxlanOverhead(f Family) int {
 	return 40 + 8 + 8 + 14
 }
 
-func (v vxlan) overhead(f Family) int { return vxlanOverhead(f) }
+func (v *vxlan) overhead(f Family) int { return vxlanOverhead(f) }
 
 // VXLANLink returns the name of the VXLAN device of a family.
 func VXLANLink(f Family, vni uint32) string {
@@ -30,7 +44,7 @@ func VXLANLink(f Family, vni uint32) string {
 	return fmt.Sprintf("flannel-v6.%d", vni)
 }
 
-func (v vxlan) attrs(c Config, self Self) Attrs {
+func (v *vxlan) attrs(c Config, self Self) Attrs {
 	a := Attrs{Backend: "vxlan"}
 	for _, f := range c.families() {
 		vtep := VTEP{VNI: v.VNI, MAC: self.mac(f)}
@@ -43,27 +57,23 @@ func (v vxlan) attrs(c Config, self Self) Attrs {
 	return a
 }
 
-func (s Self) mac(f Family) MAC {
+func (s *Self) mac(f Family) MAC {
 	if f == IPv4 {
 		return s.MAC
 	}
 	return s.MACv6
 }
 
-func (a Attrs) vtep(f Family) VTEP {
+func (a *Attrs) vtep(f Family) VTEP {
 	if f == IPv4 {
 		return a.VTEP
 	}
 	return a.VTEPv6
 }
 
-func (v vxlan) own(d *draft) {
+func (v *vxlan) own(d *draft) {
 	for _, f := range d.families {
-		local := d.self.Uplink.V4
-		if f == IPv6 {
-			local = d.self.Uplink.V6
-		}
-		name := VXLANLink(f, v.VNI)
+		name := v.link(f)
 		mtu := underlayMTU(d.cfg, d.self) - vxlanOverhead(f)
 		if least := leastMTU(f); mtu < least {
 			d.problem("link "+name, "raise the MTU of the uplink or Backend.MTU", "%d bytes are left for a packet of a pod, %s needs %d; outer packets will be fragmented", mtu, f, least)
@@ -73,7 +83,7 @@ func (v vxlan) own(d *draft) {
 			Name: name, Alias: Alias, Up: true, MAC: d.self.mac(f),
 			MTU: mtu,
 			VXLAN: VXLAN{
-				VNI: v.VNI, Port: v.Port, Local: local, Parent: d.self.Uplink.Name,
+				VNI: v.VNI, Port: v.Port, Local: d.self.Uplink.addr(f), Parent: d.self.Uplink.Name,
 				GBP: v.GBP, Learning: v.Learning,
 			},
 		})
@@ -82,7 +92,7 @@ func (v vxlan) own(d *draft) {
 	}
 }
 
-func (v vxlan) peer(d *draft, l *Lease, f Family) error {
+func (v *vxlan) peer(d *draft, l *Lease, f Family) error {
 	subnet, public, vtep := l.Subnet(f), l.Public(f), l.vtep(f)
 	switch {
 	case l.Backend != "vxlan":
@@ -97,7 +107,7 @@ func (v vxlan) peer(d *draft, l *Lease, f Family) error {
 	case vtep.MAC == d.self.mac(f):
 		return fmt.Errorf("it publishes this node's own VtepMAC %s", vtep.MAC)
 	}
-	link := VXLANLink(f, v.VNI)
+	link := v.link(f)
 	gateway := subnet.Addr()
 	d.state.Neighs = append(d.state.Neighs, Neigh{Link: link, IP: gateway, MAC: vtep.MAC})
 	d.state.FDB = append(d.state.FDB, FDB{Link: link, MAC: vtep.MAC, Dst: public})
@@ -106,7 +116,7 @@ func (v vxlan) peer(d *draft, l *Lease, f Family) error {
 }
 
 // onLink reports whether a needs no gateway from the uplink.
-func (s Self) onLink(a netip.Addr) bool {
+func (s *Self) onLink(a netip.Addr) bool {
 	for _, p := range s.Uplink.OnLink {
 		if p.Contains(a) {
 			return true

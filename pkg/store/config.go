@@ -182,27 +182,31 @@ func (c EtcdConfig) tls() (*tls.Config, error) {
 }
 
 // client returns the configuration of the etcd client.
-func (c EtcdConfig) client(ctx context.Context, security *tls.Config) clientv3.Config {
+func (c EtcdConfig) client(security *tls.Config) clientv3.Config {
 	connect := grpc.ConnectParams{
 		Backoff:           backoff.Config{BaseDelay: firstPause, Multiplier: 1.6, Jitter: 0.2, MaxDelay: lastPause},
 		MinConnectTimeout: connectTimeout,
 	}
-	options := []grpc.DialOption{grpc.WithConnectParams(connect), grpc.WithChainUnaryInterceptor(unaryCall), grpc.WithChainStreamInterceptor(streamCall)}
+	options := []grpc.DialOption{
+		grpc.WithConnectParams(connect),
+		grpc.WithNoProxy(), // HTTPS_PROXY is there for images, not for the cluster's own traffic
+	}
+	var calls caller
+	if c.Username != "" {
+		calls.login = newLogin(c.Username, c.Password)
+		options = append(options, grpc.WithPerRPCCredentials(calls.login))
+	}
+	options = append(options, grpc.WithChainUnaryInterceptor(calls.unary), grpc.WithChainStreamInterceptor(calls.stream))
 	if c.Dial != nil {
 		options = append(options, grpc.WithContextDialer(c.Dial))
 	}
 	return clientv3.Config{
 		Endpoints:            c.Endpoints,
 		TLS:                  security,
-		Username:             c.Username,
-		Password:             c.Password,
-		DialTimeout:          callTimeout,
 		DialKeepAliveTime:    keepaliveTime,
 		DialKeepAliveTimeout: keepaliveTimeout,
-		// One attempt more for each member, and one for a token that has expired.
-		MaxUnaryRetries: uint(len(c.Endpoints)) + 1,
-		DialOptions:     options,
-		Context:         ctx,
-		Logger:          zap.NewNop(),
+		MaxUnaryRetries:      uint(len(c.Endpoints)) + 1,
+		DialOptions:          options,
+		Logger:               zap.NewNop(),
 	}
 }

@@ -36,15 +36,23 @@ func (c EtcdConfig) explain(doing, key string, err error) error {
 	if key != "" {
 		text += " " + key
 	}
+	if status.Code(err) == codes.Canceled {
+		return &plainError{text + ": the etcd store is closed", err}
+	}
 	if answer := c.answer(key, err); answer != "" {
 		return &plainError{text + ": " + answer, err}
 	}
 	text += ": etcd " + strings.Join(c.Endpoints, ", ") + ": "
-	if errors.Is(err, context.DeadlineExceeded) || status.Code(err) == codes.DeadlineExceeded {
+	// etcd 3.4 sends its own impatience as a text.
+	if status.Code(err) == codes.DeadlineExceeded || strings.Contains(err.Error(), context.DeadlineExceeded.Error()) {
 		return &plainError{text + "no answer in time", err}
 	}
 	reason := transportReason(err)
-	if remedy := c.transportRemedy(reason); remedy != "" {
+	remedy := transportRemedy(reason)
+	if remedy == "" {
+		remedy = c.brokenRemedy(err.Error())
+	}
+	if remedy != "" {
 		reason += "; " + remedy
 	}
 	return &plainError{text + reason, err}
@@ -84,13 +92,16 @@ func (c EtcdConfig) grantable(key string) string {
 	return key
 }
 
+// connecting stands in gRPC's errors about connections that never stood.
+const connecting = "connection error: desc = "
+
 // transportReason digs the cause out of the layers that gRPC wraps around it.
 func transportReason(err error) string {
 	text := err.Error()
 	if s, ok := status.FromError(err); ok {
 		text = s.Message()
 	}
-	for _, layer := range []string{"latest balancer error: ", "last connection error: ", "connection error: desc = "} {
+	for _, layer := range []string{"latest balancer error: ", "last connection error: ", connecting} {
 		if _, inner, found := strings.Cut(text, layer); found {
 			text = inner
 		}
@@ -103,23 +114,37 @@ func transportReason(err error) string {
 }
 
 // transportRemedy says what the operator can do, or "".
-func (c EtcdConfig) transportRemedy(reason string) string {
+func transportRemedy(reason string) string {
 	has := func(s string) bool { return strings.Contains(reason, s) }
 	switch {
 	case has("unknown authority"):
 		return "--etcd-cafile must name the authority that signed etcd's certificate"
 	case has("certificate is valid for"), has("doesn't contain any IP SANs"), has("not valid for any names"):
 		return "--etcd-endpoints must use a name or address that stands in etcd's certificate"
-	case has("certificate has expired"):
+	case has("certificate has expired"), has("expired certificate"):
 		return "renew the certificate, or set the clock"
 	case has("first record does not look like a TLS handshake"):
 		return "this endpoint speaks http, not https"
 	case has("certificate required"), has("bad certificate"), has("unknown certificate"):
 		return "etcd wants a client certificate of its own authority: --etcd-certfile and --etcd-keyfile"
-	case has("error reading server preface"):
-		return "it answers, but not as etcd does; does it want https?"
+	case reason == "EOF": // what etcd without TLS answers to a TLS handshake
+		return "it hangs up at once; does it speak http, not https?"
 	case has("connection refused"):
 		return "is etcd running there?"
+	}
+	return ""
+}
+
+// brokenRemedy is for a connection that was taken and then broke, which says
+// nothing itself. In TLS 1.3 the server refuses a client's certificate after the
+// handshake, and its reason may be lost.
+func (c EtcdConfig) brokenRemedy(text string) string {
+	secure := strings.HasPrefix(c.Endpoints[0], "https://")
+	switch broken := strings.HasSuffix(text, "broken pipe") || strings.HasSuffix(text, "connection reset by peer"); {
+	case secure && (broken || strings.Contains(text, connecting)):
+		return "if etcd asks for client certificates, ours must be of its authority: --etcd-certfile and --etcd-keyfile"
+	case strings.Contains(text, connecting):
+		return "does this endpoint want https?"
 	}
 	return ""
 }

@@ -2,7 +2,6 @@ package store
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"sync"
@@ -18,13 +17,8 @@ const pageSize = 2000
 // Etcd is the lease store in etcd v3. Its methods are safe for concurrent use.
 type Etcd struct {
 	cfg    EtcdConfig
-	tls    *tls.Config
+	client *clientv3.Client
 	health *health
-	ctx    context.Context // ends with Close
-	cancel context.CancelFunc
-
-	dialing sync.Mutex
-	client  *clientv3.Client // nil until the first call
 
 	// watching is held by Watch; the others are its own.
 	watching sync.Mutex
@@ -46,22 +40,16 @@ func OpenEtcd(cfg EtcdConfig) (*Etcd, error) {
 	if cfg.Password != "" && security == nil {
 		cfg.Log.Warn("the etcd password goes over the network in clear; use https", "endpoints", cfg.Endpoints)
 	}
-	e := &Etcd{cfg: cfg, tls: security, health: newHealth(cfg), fold: newFold(cfg.Prefix)}
-	e.ctx, e.cancel = context.WithCancel(context.Background())
-	return e, nil
+	client, err := clientv3.New(cfg.client(security))
+	if err != nil {
+		return nil, fmt.Errorf("make etcd client: %w", err)
+	}
+	return &Etcd{cfg: cfg, client: client, health: newHealth(cfg), fold: newFold(cfg.Prefix)}, nil
 }
 
 // Close ends all connections and calls in progress.
 func (e *Etcd) Close() error {
-	e.cancel()
-	e.dialing.Lock()
-	defer e.dialing.Unlock()
-	if e.client == nil {
-		return nil
-	}
-	err := e.client.Close()
-	e.client = nil
-	if err != nil && !errors.Is(err, context.Canceled) {
+	if err := e.client.Close(); err != nil {
 		return fmt.Errorf("close etcd client: %w", err)
 	}
 	return nil
@@ -69,24 +57,6 @@ func (e *Etcd) Close() error {
 
 // Status returns the state of the connection.
 func (e *Etcd) Status() overlay.StoreStatus { return e.health.get() }
-
-// connect returns the client. To make one means to log in, if there is a user, and
-// fails while etcd is away.
-func (e *Etcd) connect() (*clientv3.Client, error) {
-	e.dialing.Lock()
-	defer e.dialing.Unlock()
-	if e.ctx.Err() != nil {
-		return nil, errors.New("the etcd store is closed")
-	}
-	if e.client == nil {
-		c, err := clientv3.New(e.cfg.client(e.ctx, e.tls))
-		if err != nil {
-			return nil, e.cfg.explain("log in", "", err)
-		}
-		e.client = c
-	}
-	return e.client, nil
-}
 
 // Snapshot reads everything once. The error says so if there is no good
 // configuration.
@@ -112,11 +82,7 @@ func (e *Etcd) Snapshot(ctx context.Context) (*overlay.Snapshot, error) {
 // list reads the configuration and all leases at one revision, and the id of the
 // cluster.
 func (e *Etcd) list(ctx context.Context) (l listing, cluster uint64, err error) {
-	c, err := e.connect()
-	if err != nil {
-		return l, 0, err
-	}
-	r, err := e.get(ctx, c, e.fold.configKey)
+	r, err := e.get(ctx, e.fold.configKey)
 	if err != nil {
 		return l, 0, err
 	}
@@ -126,7 +92,7 @@ func (e *Etcd) list(ctx context.Context) (l listing, cluster uint64, err error) 
 	}
 	end := clientv3.GetPrefixRangeEnd(e.fold.leaseDir)
 	for next, more := e.fold.leaseDir, true; more; {
-		page, err := e.get(ctx, c, next, clientv3.WithRange(end), clientv3.WithLimit(pageSize), clientv3.WithRev(l.revision))
+		page, err := e.get(ctx, next, clientv3.WithRange(end), clientv3.WithLimit(pageSize), clientv3.WithRev(l.revision))
 		if err != nil {
 			return l, 0, err
 		}
@@ -138,10 +104,10 @@ func (e *Etcd) list(ctx context.Context) (l listing, cluster uint64, err error) 
 	return l, r.Header.ClusterId, nil
 }
 
-func (e *Etcd) get(ctx context.Context, c *clientv3.Client, key string, opts ...clientv3.OpOption) (*clientv3.GetResponse, error) {
+func (e *Etcd) get(ctx context.Context, key string, opts ...clientv3.OpOption) (*clientv3.GetResponse, error) {
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	r, err := c.Get(ctx, key, opts...)
+	r, err := e.client.Get(ctx, key, opts...)
 	if err != nil {
 		return nil, e.cfg.explain("read", key, err)
 	}

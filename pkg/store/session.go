@@ -28,19 +28,34 @@ func (s *session) lost(err error) {
 	}
 }
 
-// unaryCall makes calls fail with the reason when no member can be reached. The
-// etcd client's own habit is to wait until the deadline and then to say only that.
-func unaryCall(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
-	err := invoke(ctx, method, req, reply, cc, append(opts, grpc.WaitForReady(false))...)
-	if s, ok := ctx.Value(sessionKey{}).(*session); ok && err != nil {
-		s.lost(err) // the login before a watch is resumed
-	}
-	return err
+// caller is between the etcd client and the network.
+type caller struct {
+	login *login // nil: no user
 }
 
-// streamCall does the same for streams, and looks into that of a Watch.
-func streamCall(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, open grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
-	stream, err := open(ctx, desc, cc, method, append(opts, grpc.WaitForReady(false))...)
+// unary makes calls fail with the reason when no member can be reached. The etcd
+// client's own habit is to wait until the deadline and then to say only that.
+func (c caller) unary(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	call := func() error {
+		return invoke(ctx, method, req, reply, cc, append(opts, grpc.WaitForReady(false))...)
+	}
+	if c.login == nil || method == pb.Auth_Authenticate_FullMethodName {
+		return call()
+	}
+	return c.login.call(ctx, cc, call)
+}
+
+// stream does the same for streams, and looks into that of a Watch. A stream has
+// no second try: its token must be good, so it is a new one.
+func (c caller) stream(ctx context.Context, desc *grpc.StreamDesc, cc *grpc.ClientConn, method string, open grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+	var stream grpc.ClientStream
+	var err error
+	if c.login != nil {
+		_, err = c.login.renew(ctx, cc, *c.login.token.Load())
+	}
+	if err == nil {
+		stream, err = open(ctx, desc, cc, method, append(opts, grpc.WaitForReady(false))...)
+	}
 	s, ok := ctx.Value(sessionKey{}).(*session)
 	if !ok {
 		return stream, err

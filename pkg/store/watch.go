@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 
+	"go.etcd.io/etcd/api/v3/v3rpc/rpctypes"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/twill-net/twill/pkg/overlay"
@@ -26,6 +27,10 @@ func (e *Etcd) Watch(ctx context.Context, emit func(*overlay.Snapshot)) error {
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
+	if errors.Is(err, rpctypes.ErrCompacted) { // etcd is well
+		e.cfg.Log.Info("reading all leases again", "reason", err)
+		return err
+	}
 	e.health.down(err)
 	return err
 }
@@ -43,24 +48,21 @@ func (e *Etcd) watch(ctx context.Context, emit func(*overlay.Snapshot)) error {
 	e.health.up()
 	e.publish(before, emit)
 
-	c, err := e.connect()
-	if err != nil {
-		return err
-	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	s := &session{Etcd: e, ctx: ctx, cluster: cluster}
 	s.revision.Store(l.revision)
 	ctx = context.WithValue(ctx, sessionKey{}, s)
 	// A watcher of our own: closing it ends its goroutines.
-	w := clientv3.NewWatcher(c)
+	w := clientv3.NewWatcher(e.client)
 	defer w.Close()
 	return e.follow(clientv3.WithRequireLeader(ctx), w, s, emit)
 }
 
 // follow folds events into what was read. Two watches, since a role may allow just
 // these; and progress notes, so that a resumed watch does not start at a revision
-// long compacted.
+// long compacted. While a resumed watch catches up, the other may be ahead for a
+// moment; nobody writes the configuration and a lease so that they need each other.
 func (e *Etcd) follow(ctx context.Context, w clientv3.Watcher, s *session, emit func(*overlay.Snapshot)) error {
 	from := []clientv3.OpOption{clientv3.WithRev(e.fold.revision + 1), clientv3.WithProgressNotify()}
 	config := w.Watch(ctx, e.fold.configKey, from...)

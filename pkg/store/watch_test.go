@@ -59,7 +59,7 @@ func TestBadContents(t *testing.T) {
 	r.put(t, "config", `{"Network":"10.5.0.0/16","SubnetLen":33}`)
 	shows("SubnetLen: 33: must be 18..30")
 	r.put(t, "config", `{{`)
-	shows("not a JSON object")
+	shows("not JSON")
 	if f.count() != 0 {
 		t.Errorf("emitted %s", describe(f.snapshot()))
 	}
@@ -105,7 +105,7 @@ func TestBadContents(t *testing.T) {
 		t.Errorf("without garbage: %s", describe(s))
 	}
 
-	for text, times := range map[string]int{"unknown key Sloth is ignored": 1, "not a JSON object": 1, "there is none": 2, "etcd connected": 1} {
+	for text, times := range map[string]int{"unknown key Sloth is ignored": 1, "not JSON": 1, "there is none": 2, "etcd connected": 1} {
 		if n := strings.Count(log.String(), text); n != times {
 			t.Errorf("%q is logged %d times, not %d:\n%s", text, n, times, log.String())
 		}

@@ -26,24 +26,20 @@ func (e *Etcd) Do(ctx context.Context, step overlay.Step) (done bool, err error)
 	if step.Act == overlay.Hold {
 		return true, nil
 	}
-	c, err := e.connect()
-	if err != nil {
-		return false, err
-	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
 	key := e.fold.leaseDir + step.Lease.Key()
 	switch step.Act {
 	case overlay.Create:
-		done, err = e.create(ctx, c, key, step.Lease.Value())
+		done, err = e.create(ctx, key, step.Lease.Value())
 	case overlay.Update:
 		// The key keeps its lease, or its lack of one. If etcd has ended the lease
 		// meanwhile, the key is gone with it and the condition fails.
-		done, err = commit(ctx, c, unchanged(key, step.Lease), clientv3.OpPut(key, string(step.Lease.Value()), clientv3.WithIgnoreLease()))
+		done, err = e.commit(ctx, unchanged(key, step.Lease), clientv3.OpPut(key, string(step.Lease.Value()), clientv3.WithIgnoreLease()))
 	case overlay.Remove:
-		done, err = commit(ctx, c, unchanged(key, step.Lease), clientv3.OpDelete(key))
+		done, err = e.commit(ctx, unchanged(key, step.Lease), clientv3.OpDelete(key))
 		if done && !step.Lease.Reserved() {
-			e.revokeUnused(ctx, c, clientv3.LeaseID(step.Lease.Grant))
+			e.revokeUnused(ctx, clientv3.LeaseID(step.Lease.Grant))
 		}
 	default:
 		return false, fmt.Errorf("write lease %s: no such act: %d", key, step.Act)
@@ -55,15 +51,15 @@ func (e *Etcd) Do(ctx context.Context, step overlay.Step) (done bool, err error)
 }
 
 // create makes the key with a lease of its own.
-func (e *Etcd) create(ctx context.Context, c *clientv3.Client, key string, value []byte) (bool, error) {
-	grant, err := c.Grant(ctx, int64(e.cfg.TTL/time.Second))
+func (e *Etcd) create(ctx context.Context, key string, value []byte) (bool, error) {
+	grant, err := e.client.Grant(ctx, int64(e.cfg.TTL/time.Second))
 	if err != nil {
 		return false, err
 	}
 	absent := clientv3.Compare(clientv3.Version(key), "=", 0)
-	done, err := commit(ctx, c, absent, clientv3.OpPut(key, string(value), clientv3.WithLease(grant.ID)))
+	done, err := e.commit(ctx, absent, clientv3.OpPut(key, string(value), clientv3.WithLease(grant.ID)))
 	if !done && (err == nil || refused(err)) {
-		e.revoke(ctx, c, grant.ID)
+		e.revoke(ctx, grant.ID)
 	}
 	// After any other error the key may be there, or come yet: to revoke its lease
 	// would delete it when it is already in use. Without a key it just runs out.
@@ -74,8 +70,8 @@ func unchanged(key string, l overlay.Lease) clientv3.Cmp {
 	return clientv3.Compare(clientv3.ModRevision(key), "=", l.Modified)
 }
 
-func commit(ctx context.Context, c *clientv3.Client, condition clientv3.Cmp, op clientv3.Op) (bool, error) {
-	r, err := c.Txn(ctx).If(condition).Then(op).Commit()
+func (e *Etcd) commit(ctx context.Context, condition clientv3.Cmp, op clientv3.Op) (bool, error) {
+	r, err := e.client.Txn(ctx).If(condition).Then(op).Commit()
 	if err != nil {
 		return false, err
 	}
@@ -83,19 +79,19 @@ func commit(ctx context.Context, c *clientv3.Client, condition clientv3.Cmp, op 
 }
 
 // revokeUnused revokes the lease unless other keys hang on it.
-func (e *Etcd) revokeUnused(ctx context.Context, c *clientv3.Client, id clientv3.LeaseID) {
-	r, err := c.TimeToLive(ctx, id, clientv3.WithAttachedKeys())
+func (e *Etcd) revokeUnused(ctx context.Context, id clientv3.LeaseID) {
+	r, err := e.client.TimeToLive(ctx, id, clientv3.WithAttachedKeys())
 	if err == nil && r.TTL > 0 && len(r.Keys) == 0 {
-		e.revoke(ctx, c, id)
+		e.revoke(ctx, id)
 	}
 }
 
 // revoke tidies up. What is left if it fails is a lease without keys, which runs
 // out.
-func (e *Etcd) revoke(ctx context.Context, c *clientv3.Client, id clientv3.LeaseID) {
+func (e *Etcd) revoke(ctx context.Context, id clientv3.LeaseID) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), callTimeout)
 	defer cancel()
-	if _, err := c.Revoke(ctx, id); err != nil && !errors.Is(err, rpctypes.ErrLeaseNotFound) {
+	if _, err := e.client.Revoke(ctx, id); err != nil && !errors.Is(err, rpctypes.ErrLeaseNotFound) {
 		e.cfg.Log.Debug("revoke unused etcd lease", "lease", fmt.Sprintf("%x", id), "error", err)
 	}
 }
@@ -107,13 +103,9 @@ func (e *Etcd) Renew(ctx context.Context, l overlay.Lease) (time.Duration, error
 	if l.Reserved() {
 		return 0, nil
 	}
-	c, err := e.connect()
-	if err != nil {
-		return 0, err
-	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)
 	defer cancel()
-	ttl, err := keepAlive(ctx, c, l.Grant)
+	ttl, err := e.keepAlive(ctx, l.Grant)
 	if err == nil && ttl <= 0 {
 		err = ErrLeaseGone
 	}
@@ -125,8 +117,8 @@ func (e *Etcd) Renew(ctx context.Context, l overlay.Lease) (time.Duration, error
 
 // keepAlive is one exchange on a stream of its own. (The client's KeepAliveOnce
 // tries again at once, and without end, when etcd cannot be reached.)
-func keepAlive(ctx context.Context, c *clientv3.Client, grant int64) (time.Duration, error) {
-	stream, err := pb.NewLeaseClient(c.ActiveConnection()).LeaseKeepAlive(ctx)
+func (e *Etcd) keepAlive(ctx context.Context, grant int64) (time.Duration, error) {
+	stream, err := pb.NewLeaseClient(e.client.ActiveConnection()).LeaseKeepAlive(ctx)
 	if err != nil {
 		return 0, err
 	}
@@ -147,10 +139,6 @@ const expiryCalls = 16
 // negative for one that is gone. One question per lease, so only for people who
 // ask.
 func (e *Etcd) Expiry(ctx context.Context, leases []*overlay.Lease) ([]time.Duration, error) {
-	c, err := e.connect()
-	if err != nil {
-		return nil, err
-	}
 	out := make([]time.Duration, len(leases))
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(expiryCalls)
@@ -161,7 +149,7 @@ func (e *Etcd) Expiry(ctx context.Context, leases []*overlay.Lease) ([]time.Dura
 		g.Go(func() error {
 			ctx, cancel := context.WithTimeout(ctx, callTimeout)
 			defer cancel()
-			r, err := c.TimeToLive(ctx, clientv3.LeaseID(l.Grant))
+			r, err := e.client.TimeToLive(ctx, clientv3.LeaseID(l.Grant))
 			if err != nil {
 				return e.cfg.explain("read the lifetime of", e.fold.leaseDir+l.Key(), err)
 			}

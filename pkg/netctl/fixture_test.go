@@ -39,7 +39,7 @@ type world struct {
 
 type fakeStore struct{ w *world }
 
-func (s fakeStore) Snapshot(context.Context) (*overlay.Snapshot, error) {
+func (s fakeStore) Snapshot(context.Context, overlay.Config) (*overlay.Snapshot, error) {
 	if s.w.storeErr != nil {
 		return nil, s.w.storeErr
 	}

@@ -17,7 +17,7 @@ import (
 
 // Store is where the cluster's leases are.
 type Store interface {
-	Snapshot(ctx context.Context) (*overlay.Snapshot, error)
+	Snapshot(ctx context.Context, running overlay.Config) (*overlay.Snapshot, error)
 	// Expiry returns for each lease how long it still lives. It costs a question
 	// to the store per lease.
 	Expiry(ctx context.Context, leases []*overlay.Lease) ([]time.Duration, error)
@@ -113,16 +113,16 @@ type sight struct {
 	problems []overlay.Problem // what else makes no sense
 }
 
-// look reads the store, the daemon and the kernel, in this order: what is newest
+// look reads the daemon, the store and the kernel, in this order: what is newest
 // is read last, so that no lease looks lost that is only new.
 func (a *app) look(ctx context.Context, ttl bool) *sight {
 	s := &sight{}
 	client := NewClient(a.socket)
 	s.status, s.statusErr = within(ctx, a.timeout, client.Status)
-	s.storeErr = a.readStore(ctx, s, ttl)
 	if s.selfErr = s.statusErr; s.selfErr == nil {
 		s.self, s.selfErr = within(ctx, a.timeout, client.Self)
 	}
+	s.storeErr = a.readStore(ctx, s, ttl)
 	if s.selfErr == nil && len(s.self.Config.Networks()) == 0 {
 		s.selfErr = fmt.Errorf("twilld has not taken up a lease yet: %s", s.status.Reason)
 	}
@@ -151,7 +151,8 @@ func (a *app) readStore(ctx context.Context, s *sight, ttl bool) error {
 		return fmt.Errorf("open store: %w", err)
 	}
 	defer st.Close()
-	if s.snap, err = within(ctx, a.timeout, st.Snapshot); err != nil {
+	read := func(ctx context.Context) (*overlay.Snapshot, error) { return st.Snapshot(ctx, s.self.Config) }
+	if s.snap, err = within(ctx, a.timeout, read); err != nil {
 		s.snap = nil
 		return fmt.Errorf("read store: %w", err)
 	}

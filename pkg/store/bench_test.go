@@ -16,7 +16,7 @@ func BenchmarkSnapshot10000(b *testing.B) {
 	fill(b, r.Client(), 10000)
 	e := r.open(b)
 	for b.Loop() {
-		if s, err := e.Snapshot(b.Context()); err != nil || len(s.Leases) != 10000 {
+		if s, err := e.Snapshot(b.Context(), overlay.Config{}); err != nil || len(s.Leases) != 10000 {
 			b.Fatal(err)
 		}
 	}

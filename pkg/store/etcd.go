@@ -58,10 +58,12 @@ func (e *Etcd) Close() error {
 // Status returns the state of the connection.
 func (e *Etcd) Status() overlay.StoreStatus { return e.health.get() }
 
-// Snapshot reads everything once. The error says so if there is no good
-// configuration.
-func (e *Etcd) Snapshot(ctx context.Context) (*overlay.Snapshot, error) {
+// Snapshot reads everything once. If the stored configuration is no good, running
+// stands in for it and the Snapshot has a Problem; without a running one it is an
+// error.
+func (e *Etcd) Snapshot(ctx context.Context, running overlay.Config) (*overlay.Snapshot, error) {
 	f := newFold(e.cfg.Prefix)
+	f.config.good, f.config.have = running, running != overlay.Config{}
 	l, _, err := e.list(ctx)
 	if err != nil {
 		if ctx.Err() == nil {

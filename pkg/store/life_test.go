@@ -95,7 +95,7 @@ func TestLifeOfLease(t *testing.T) {
 	if err != nil || ttl != 300*time.Second {
 		t.Errorf("renew: %v, %v", ttl, err)
 	}
-	fresh, err := e.Snapshot(t.Context())
+	fresh, err := e.Snapshot(t.Context(), overlay.Config{})
 	if err != nil || fresh.Revision != before.Revision || f.count() != emitted {
 		t.Errorf("after the renewal: revision %d, %d emitted, %v; before: %d, %d", fresh.Revision, f.count(), err, before.Revision, emitted)
 	}
@@ -160,7 +160,7 @@ func TestReservationStays(t *testing.T) {
 	if ttl, err := e.Renew(t.Context(), l); ttl != 0 || err != nil {
 		t.Errorf("renewal of a reservation: %v, %v", ttl, err)
 	}
-	if s, err := e.Snapshot(t.Context()); err != nil || s.Revision != before {
+	if s, err := e.Snapshot(t.Context(), overlay.Config{}); err != nil || s.Revision != before {
 		t.Errorf("the renewal wrote: %v", err)
 	}
 	if left, err := e.Expiry(t.Context(), f.snapshot().Leases); err != nil || left[0] != 0 {
@@ -180,7 +180,7 @@ func TestFences(t *testing.T) {
 	const key = "subnets/10.5.9.0-24"
 	r.put(t, key, nodeValue(1), clientv3.WithLease(grant.ID))
 	e := r.open(t)
-	s, err := e.Snapshot(t.Context())
+	s, err := e.Snapshot(t.Context(), overlay.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -199,7 +199,7 @@ func TestFences(t *testing.T) {
 	}
 
 	// On the new view, the update keeps flannel's etcd lease.
-	s, err = e.Snapshot(t.Context())
+	s, err = e.Snapshot(t.Context(), overlay.Config{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -208,7 +208,7 @@ func TestFences(t *testing.T) {
 	if done, err := e.Do(t.Context(), overlay.Step{Act: overlay.Update, Lease: ours}); !done || err != nil {
 		t.Errorf("update: %v, %v", done, err)
 	}
-	s, err = e.Snapshot(t.Context())
+	s, err = e.Snapshot(t.Context(), overlay.Config{})
 	if err != nil || s.Leases[0].Grant != int64(grant.ID) || s.Leases[0].PublicIP != ours.PublicIP {
 		t.Errorf("after the update: %s, %v", describe(s), err)
 	}
@@ -222,7 +222,7 @@ func TestFences(t *testing.T) {
 	// An etcd lease that others use too is not revoked.
 	r.put(t, key, nodeValue(1), clientv3.WithLease(grant.ID))
 	r.put(t, "subnets/10.5.10.0-24", nodeValue(2), clientv3.WithLease(grant.ID))
-	if s, err = e.Snapshot(t.Context()); err != nil {
+	if s, err = e.Snapshot(t.Context(), overlay.Config{}); err != nil {
 		t.Fatal(err)
 	}
 	if done, err := e.Do(t.Context(), overlay.Step{Act: overlay.Remove, Lease: *s.Leases[0]}); !done || err != nil {
@@ -240,7 +240,7 @@ func TestUnknownOutcome(t *testing.T) {
 	e := r.open(t)
 	lease := overlay.Lease{Subnets: mustKey(t, "10.5.3.0-24"), Attrs: node(t, 1)}
 
-	if _, err := e.Snapshot(t.Context()); err != nil {
+	if _, err := e.Snapshot(t.Context(), overlay.Config{}); err != nil {
 		t.Fatal(err)
 	}
 	if err := r.Pause(); err != nil {

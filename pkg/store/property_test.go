@@ -42,7 +42,7 @@ func TestFoldEqualsRead(t *testing.T) {
 			}
 		}
 		folded := f.reach(t, last)
-		fresh, err := e.Snapshot(t.Context())
+		fresh, err := e.Snapshot(t.Context(), overlay.Config{})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -139,7 +139,7 @@ func TestUser(t *testing.T) {
 	if _, err := root.RoleRevokePermission(t.Context(), "narrow", defaultPrefix+"/config", ""); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := e.Snapshot(t.Context()); err == nil || !strings.Contains(err.Error(), "permission denied") {
+	if _, err := e.Snapshot(t.Context(), overlay.Config{}); err == nil || !strings.Contains(err.Error(), "permission denied") {
 		t.Errorf("read without the right: %v", err)
 	}
 }
@@ -147,7 +147,7 @@ func TestUser(t *testing.T) {
 // checkOpen reads once and watches, and expects the error in both.
 func checkOpen(t *testing.T, e *Etcd, want string) {
 	t.Helper()
-	_, err := e.Snapshot(t.Context())
+	_, err := e.Snapshot(t.Context(), overlay.Config{})
 	if fmt.Sprint(err) != "<nil>" && want == "" || want != "" && (err == nil || !strings.Contains(err.Error(), want)) {
 		t.Errorf("Snapshot: %v; want %q", err, want)
 	}

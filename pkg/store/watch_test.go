@@ -53,7 +53,7 @@ func TestBadContents(t *testing.T) {
 		})
 	}
 	shows("/coreos.com/network/config: there is none (write one: etcdctl put")
-	if _, err := e.Snapshot(t.Context()); err == nil || !strings.Contains(err.Error(), "there is none") {
+	if _, err := e.Snapshot(t.Context(), overlay.Config{}); err == nil || !strings.Contains(err.Error(), "there is none") {
 		t.Errorf("Snapshot without a configuration: %v", err)
 	}
 	r.put(t, "config", `{"Network":"10.5.0.0/16","SubnetLen":33}`)
@@ -82,6 +82,10 @@ func TestBadContents(t *testing.T) {
 		if s.Config != good || len(s.Problems) != 1 || s.Problems[0].Object != "config" || s.Problems[0].Remedy == "" {
 			t.Errorf("after spoiling: %s", describe(s))
 		}
+		// netctl, which was not there before, borrows the daemon's.
+		if fresh, err := e.Snapshot(t.Context(), good); err != nil || describe(fresh) != describe(s) {
+			t.Errorf("a fresh Snapshot is\n%snot\n%s%v", describe(fresh), describe(s), err)
+		}
 	}
 	f.reach(t, r.put(t, "config", goodConfig))
 
@@ -95,7 +99,7 @@ func TestBadContents(t *testing.T) {
 	if len(s.Leases) != 3 || s.Leases[0].Err == nil || s.Leases[1].Err != nil || !s.Leases[2].V6.IsValid() || len(s.Problems) != 3 {
 		t.Errorf("with garbage: %s", describe(s))
 	}
-	if fresh, err := e.Snapshot(t.Context()); err != nil || describe(fresh) != describe(s) {
+	if fresh, err := e.Snapshot(t.Context(), overlay.Config{}); err != nil || describe(fresh) != describe(s) {
 		t.Errorf("a fresh Snapshot is\n%snot\n%s%v", describe(fresh), describe(s), err)
 	}
 	for _, key := range []string{"garbage", "10.5.3.0-24/x", "10.5.4.0-24&fd00:0::-64", "10.5.1.0-24"} {
@@ -145,7 +149,7 @@ func TestOutage(t *testing.T) {
 	}
 	after := f.reach(t, last)
 	eventually(t, connected(e))
-	if fresh, err := e.Snapshot(t.Context()); err != nil || describe(fresh) != describe(after) {
+	if fresh, err := e.Snapshot(t.Context(), overlay.Config{}); err != nil || describe(fresh) != describe(after) {
 		t.Errorf("a fresh Snapshot is\n%snot\n%s%v", describe(fresh), describe(after), err)
 	}
 	if before.Leases[0] != after.Leases[0] || before.Leases[1] == after.Leases[1] {
@@ -273,13 +277,13 @@ func TestManyPages(t *testing.T) {
 	const n = 2*pageSize + 1
 	fill(t, r.Client(), n)
 	e := r.open(t)
-	s, err := e.Snapshot(t.Context())
+	s, err := e.Snapshot(t.Context(), overlay.Config{})
 	if err != nil || len(s.Leases) != n {
 		t.Fatalf("%d leases of %d: %v", len(s.Leases), n, err)
 	}
 	f := follow(t, e)
 	last := f.reach(t, fill(t, r.Client(), 1000)) // 1,000 written again
-	if fresh, err := e.Snapshot(t.Context()); err != nil || describe(fresh) != describe(last) {
+	if fresh, err := e.Snapshot(t.Context(), overlay.Config{}); err != nil || describe(fresh) != describe(last) {
 		t.Errorf("the folded Snapshot differs from a fresh one: %v", err)
 	}
 	t.Logf("1,000 writes: %d Snapshots", f.count())
@@ -304,7 +308,7 @@ func TestUnreachable(t *testing.T) {
 	if err := e.Close(); err != nil {
 		t.Error(err)
 	}
-	if _, err := e.Snapshot(ctx); err == nil || !strings.Contains(err.Error(), "closed") {
+	if _, err := e.Snapshot(ctx, overlay.Config{}); err == nil || !strings.Contains(err.Error(), "closed") {
 		t.Errorf("read of a closed store: %v", err)
 	}
 }

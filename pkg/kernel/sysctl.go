@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/twill-net/twill/pkg/overlay"
 )
 
@@ -42,6 +44,30 @@ func writeSysctl(s overlay.Sysctl) error {
 }
 
 func sysctlPath(key string) string { return filepath.Join(sysctlRoot, key) }
+
+// forwardingOff tells from an RTM_NEWNETCONF (linux/netconf.h) that the node has
+// stopped forwarding packets in one family, the only change of a sysctl that the
+// kernel announces to us and pods cannot wait for.
+func forwardingOff(body []byte) string {
+	const fixed, ifindex, forwarding, all = 4, 1, 2, ^uint32(0)
+	var index, on uint32 = 0, 1
+	for typ, v := range attrs(body, fixed) {
+		switch typ {
+		case ifindex:
+			index = u32Of(v)
+		case forwarding:
+			on = u32Of(v)
+		}
+	}
+	if index != all || on != 0 {
+		return ""
+	}
+	family := overlay.IPv4
+	if body[0] == unix.AF_INET6 {
+		family = overlay.IPv6
+	}
+	return fmt.Sprintf("%s forwarding turned off", family)
+}
 
 // unneeded reports whether a sysctl's absence has a reason.
 func unneeded(key string) bool {

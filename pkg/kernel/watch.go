@@ -106,6 +106,8 @@ func (w *watcher) event(h header, body []byte) {
 		reason = w.nexthop(h, body)
 	case unix.RTM_NEWNEIGH, unix.RTM_DELNEIGH:
 		reason = w.neighbor(h, body)
+	case unix.RTM_NEWNETCONF:
+		reason = forwardingOff(body)
 	}
 	if reason != "" && !mine {
 		w.bell(reason)

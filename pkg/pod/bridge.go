@@ -86,9 +86,16 @@ func (w *wiring) configureBridge(h *netlink.Handle, br netlink.Link) error {
 			return fmt.Errorf("set alias: %w", err)
 		}
 	}
-	// A pod's router advertisements must not give the node a default route.
-	if err := writeSysctl("ipv6", w.Bridge, "accept_ra", "0"); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("set accept_ra: %w", err)
+	for _, key := range []string{
+		"accept_ra", // a pod's router advertisements must not give the node a default route
+		// The node asks for a pod's MAC from the bridge's link-local address.
+		// While that one is checked for duplicates, up to 2 s, no packet from
+		// elsewhere would get to the first pod of a node.
+		"accept_dad",
+	} {
+		if err := writeSysctl("ipv6", w.Bridge, key, "0"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("set %s: %w", key, err)
+		}
 	}
 	return h.LinkSetUp(br)
 }

@@ -256,7 +256,7 @@ func idleScale(ctx context.Context, c *e2e.Cluster, d time.Duration, r *scaleRes
 	return err
 }
 
-func mib(bytes int64) float64    { return float64(bytes) / (1 << 20) }
+func mib(bytes int64) float64 { return float64(bytes) / (1 << 20) }
 
 // await reads count new routes; the last of a batch may come in any order.
 func await[P comparable](events <-chan P, last P, count int) error {

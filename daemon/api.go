@@ -119,7 +119,11 @@ func (d *Daemon) unready() error {
 	case r.pass.Count == 0:
 		return errors.New("waiting for the first pass")
 	case !r.clean && len(r.pass.Failures) > 0:
-		return fmt.Errorf("%d changes to the kernel failed, the first: %s", len(r.pass.Failures), r.pass.Failures[0])
+		more := ""
+		if n := len(r.pass.Failures) - 1; n > 0 {
+			more = fmt.Sprintf(" (and %d more)", n)
+		}
+		return fmt.Errorf("a change failed: %s%s", r.pass.Failures[0], more)
 	case !r.clean:
 		return errors.New("the last pass did not finish")
 	}

@@ -9,7 +9,9 @@ import (
 	"io"
 	"log/slog"
 	"net/netip"
+	"path"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"time"
 
@@ -57,9 +59,13 @@ var ErrHelp = flag.ErrHelp
 // may also stand in the environment as FLANNELD_ and its name in upper case with
 // underscores; the command line wins.
 func ParseConfig(args []string, getenv func(string) string, stderr io.Writer) (Config, error) {
-	f := newFlags(stderr)
-	if err := f.set.Parse(args); err != nil {
-		return Config{}, err
+	f := newFlags()
+	switch err := f.set.Parse(args); {
+	case errors.Is(err, ErrHelp):
+		f.usage(stderr)
+		return Config{}, ErrHelp
+	case err != nil:
+		return Config{}, fmt.Errorf("%w; see twilld --help", err)
 	}
 	if f.set.NArg() > 0 {
 		return Config{}, fmt.Errorf("argument %q is not a flag; see twilld --help", f.set.Arg(0))
@@ -88,65 +94,93 @@ func (f *flags) fromEnv(getenv func(string) string) error {
 	return errors.Join(errs...)
 }
 
+// badFlags collects what is wrong with flag values.
+type badFlags []error
+
+func (b *badFlags) add(name string, value any, rule string) {
+	*b = append(*b, fmt.Errorf("--%s: %v: %s", name, value, rule))
+}
+
+// node reads an address that peers send to, or nothing.
+func (b *badFlags) node(name, value string, f overlay.Family) netip.Addr {
+	if value == "" {
+		return netip.Addr{}
+	}
+	a, err := netip.ParseAddr(value)
+	usable := a.IsGlobalUnicast() || a.Is4() && a.IsLinkLocalUnicast()
+	if err != nil || !usable || overlay.FamilyOf(a) != f || a.Is4In6() || a.Zone() != "" {
+		b.add(name, value, fmt.Sprintf("must be an %s address that other nodes reach", f))
+	}
+	return a
+}
+
+// uplink validates the flags that choose the uplink.
+func (f *flags) uplink(bad *badFlags) overlay.UplinkRules {
+	r := overlay.UplinkRules{Names: f.iface, Patterns: f.ifaceRegex, Skip: append(overlay.DefaultSkip(), f.ifaceSkip...)}
+	for _, p := range r.Patterns {
+		if _, err := regexp.Compile(p); err != nil {
+			bad.add("iface-regex", p, err.Error())
+		}
+	}
+	for _, p := range r.Skip {
+		if _, err := path.Match(p, ""); err != nil {
+			bad.add("iface-skip", p, "must be a shell pattern like eth*")
+		}
+	}
+	if f.canReach != "" {
+		var err error
+		if r.CanReach, err = netip.ParseAddr(f.canReach); err != nil {
+			bad.add("iface-can-reach", f.canReach, "must be an address")
+		}
+	}
+	return r
+}
+
 // config validates the flags.
 func (f *flags) config() (Config, error) {
 	c := f.c
 	if f.kubeSubnetMgr {
 		return c, errors.New("--kube-subnet-mgr: this version of Twill keeps leases in etcd alone; remove the flag and give --etcd-endpoints")
 	}
-	var errs []error
-	bad := func(name string, value any, rule string) {
-		errs = append(errs, fmt.Errorf("--%s: %v: %s", name, value, rule))
-	}
+	var bad badFlags
 	c.Etcd.Endpoints = strings.Split(f.endpoints, ",")
 	c.Etcd.TTL = leaseTTL
-	c.Uplink = overlay.UplinkRules{Names: f.iface, Patterns: f.ifaceRegex, Skip: append(overlay.DefaultSkip(), f.ifaceSkip...)}
-	address := func(name, value string, v6 bool) (a netip.Addr) {
-		if value == "" {
-			return a
-		}
-		a, err := netip.ParseAddr(value)
-		if err != nil || name != "iface-can-reach" && a.Is6() != v6 {
-			bad(name, value, map[bool]string{false: "must be an IPv4 address", true: "must be an IPv6 address"}[v6])
-		}
-		return a
-	}
-	c.PublicIP = address("public-ip", f.publicIP, false)
-	c.PublicIPv6 = address("public-ipv6", f.publicIPv6, true)
-	c.Uplink.CanReach = address("iface-can-reach", f.canReach, false)
+	c.Uplink = f.uplink(&bad)
+	c.PublicIP = bad.node("public-ip", f.publicIP, overlay.IPv4)
+	c.PublicIPv6 = bad.node("public-ipv6", f.publicIPv6, overlay.IPv6)
 	if f.renewMargin < 1 || f.renewMargin > 1439 {
-		bad("subnet-lease-renew-margin", f.renewMargin, "must be 1..1439 minutes")
+		bad.add("subnet-lease-renew-margin", f.renewMargin, "must be 1..1439 minutes")
 	}
 	c.RenewMargin = time.Duration(f.renewMargin) * time.Minute
 	if f.healthPort < 0 || f.healthPort > 65535 {
-		bad("healthz-port", f.healthPort, "must be 0..65535")
+		bad.add("healthz-port", f.healthPort, "must be 0..65535")
 	}
 	ip, err := netip.ParseAddr(f.healthIP)
 	if err != nil {
-		bad("healthz-ip", f.healthIP, "must be an address")
+		bad.add("healthz-ip", f.healthIP, "must be an address")
 	}
 	if f.healthPort > 0 && err == nil {
 		c.HealthAddr = netip.AddrPortFrom(ip, uint16(f.healthPort)).String()
 	}
 	if f.resync < 1 {
-		bad("iptables-resync", f.resync, "must be at least 1 second")
+		bad.add("iptables-resync", f.resync, "must be at least 1 second")
 	}
 	c.Resync = max(time.Duration(f.resync)*time.Second, minResync)
 	if err := c.LogLevel.UnmarshalText([]byte(f.logLevel)); err != nil {
-		bad("log-level", f.logLevel, "must be debug, info, warn or error")
+		bad.add("log-level", f.logLevel, "must be debug, info, warn or error")
 	}
 	if f.verbosity > 0 {
 		c.LogLevel = slog.LevelDebug
 	}
 	if f.logFormat != "text" && f.logFormat != "json" {
-		bad("log-format", f.logFormat, "must be text or json")
+		bad.add("log-format", f.logFormat, "must be text or json")
 	}
 	c.LogJSON = f.logFormat == "json"
 	c.RandomFully = !f.noRandomFully
 	if c.Socket == "" {
 		c.Socket = filepath.Join(filepath.Dir(c.SubnetFile), "twilld.sock")
 	}
-	return c, errors.Join(errs...)
+	return c, errors.Join(bad...)
 }
 
 // minResync bounds how often the whole kernel state is read without a reason.

@@ -44,11 +44,11 @@ func (r regexes) Set(s string) error {
 	return nil
 }
 
-func newFlags(stderr io.Writer) *flags {
+func newFlags() *flags {
 	f := &flags{set: flag.NewFlagSet("twilld", flag.ContinueOnError)}
 	s, c := f.set, &f.c
-	s.SetOutput(stderr)
-	s.Usage = func() { f.usage(stderr) }
+	s.SetOutput(io.Discard) // a wrong flag is one line, and not a page of help
+	s.Usage = func() {}
 
 	s.StringVar(&f.endpoints, "etcd-endpoints", "http://127.0.0.1:4001,http://127.0.0.1:2379", "etcd `URLs`, separated by commas")
 	s.StringVar(&c.Etcd.Prefix, "etcd-prefix", "/coreos.com/network", "where in etcd the network lives: `key` prefix")

@@ -22,9 +22,11 @@ type claim struct {
 type keeper struct {
 	*Daemon
 	prefer overlay.Subnets
-	// acted is the revision of the Snapshot of the last write: what it changed
-	// is only to be seen in a later one.
-	acted   int64
+	ours   bool // prefer was written or held by this process
+	// acted is the Snapshot of the last write: what it changed is only to be seen
+	// in a later one. (Revisions do not tell: those of a store that was restored
+	// from a backup, or made anew, are lower.)
+	acted   *overlay.Snapshot
 	renewAt time.Time // of the lease held; zero: it was never renewed by us
 	renewed overlay.Lease
 }
@@ -63,11 +65,10 @@ func (k *keeper) step(ctx context.Context) time.Duration {
 
 func (k *keeper) decide(ctx context.Context) time.Duration {
 	want, snap := k.claim.Load(), k.snapshot.Load()
-	if want == nil || snap == nil || snap.Revision <= k.acted {
+	if want == nil || snap == nil || snap == k.acted {
 		return 0
 	}
-	held := k.held.Load()
-	c := overlay.Claim{Attrs: want.attrs, Prefer: k.prefer, Held: held != nil}
+	c := overlay.Claim{Attrs: want.attrs, Prefer: k.prefer, Held: k.ours}
 	step, err := c.Next(want.config, snap.Leases, rand.IntN)
 	if err != nil {
 		k.fail("no lease", err)
@@ -78,15 +79,23 @@ func (k *keeper) decide(ctx context.Context) time.Duration {
 		return 0
 	}
 	k.log.Info("writing lease", "do", step.Act.String(), "lease", step.Lease.Key(), "why", step.Why)
+	if step.Act == overlay.Create {
+		// The next Snapshot may not show it yet: to create it again is a race lost
+		// against ourselves, and not a second subnet.
+		k.prefer = step.Lease.Subnets
+	}
 	done, err := k.store.Do(ctx, step)
 	if err != nil {
 		k.fail("write lease", err)
 		return retryPause
 	}
-	k.acted = snap.Revision
-	if !done {
+	k.acted = snap
+	switch {
+	case !done:
 		k.log.Info("lease changed meanwhile, deciding again", "lease", step.Lease.Key())
-	} else if step.Act == overlay.Remove && k.prefer == (overlay.Subnets{}) {
+	case step.Act != overlay.Remove:
+		k.prefer, k.ours = step.Lease.Subnets, true
+	case k.prefer == (overlay.Subnets{}):
 		k.prefer = step.Lease.Subnets // the family that still fits is kept
 	}
 	return retryPause
@@ -101,7 +110,7 @@ func (k *keeper) hold(l overlay.Lease) {
 		} else {
 			k.log.Info("lease held", "lease", l.Key(), "reserved", l.Reserved())
 		}
-		k.prefer = l.Subnets
+		k.prefer, k.ours = l.Subnets, true
 		k.held.Store(&l.Subnets)
 		k.storeBell.ring("lease")
 	}

@@ -213,41 +213,54 @@ func (l *loop) learn(ctx context.Context, full bool) error {
 	return nil
 }
 
-// takeUp puts a new Snapshot in force. A config that running pods would not
-// survive is refused: the running one stays.
+// takeUp puts a new Snapshot in force.
 func (l *loop) takeUp(snap *overlay.Snapshot) error {
 	if snap == l.seen {
 		return nil
 	}
-	if l.running == (overlay.Config{}) {
-		if err := snap.Config.CheckBackend(); err != nil {
-			return fmt.Errorf("a usable network configuration: %w", err)
-		}
-		if !snap.Config.V4.Enabled() {
-			return errors.New("a usable network configuration: EnableIPv4: false: leases in etcd are named by their IPv4 subnet, so IPv4 must be on")
-		}
-		l.running = snap.Config
+	accepted, err := l.accept(snap)
+	if err != nil {
+		return err
 	}
-	l.seen = snap
-	if snap.Config != l.running {
-		var own overlay.Subnets
-		if held := l.held.Load(); held != nil {
-			own = *held
-		}
-		if err := l.running.CheckTransition(snap.Config, own); err != nil {
-			refused := *snap
-			refused.Config = l.running
-			refused.Problems = append(refused.Problems[:len(refused.Problems):len(refused.Problems)], overlay.Problem{
-				Object: "config", Reason: "the stored configuration is not taken up: " + err.Error(), Remedy: "the running one stays in force",
-			})
-			l.snap = &refused
-			return nil
-		}
-		l.log.Info("network configuration changed")
-		l.running = snap.Config
-	}
-	l.snap = snap
+	l.seen, l.snap = snap, accepted
 	return nil
+}
+
+// accept decides on the config of a Snapshot. One that running pods would not
+// survive is refused: the running one stays.
+func (l *loop) accept(snap *overlay.Snapshot) (*overlay.Snapshot, error) {
+	held := l.held.Load()
+	if held == nil {
+		// No pod stands on what was read before: what is corrected now counts.
+		if err := usable(snap.Config); err != nil {
+			return nil, fmt.Errorf("a usable network configuration: %w", err)
+		}
+		if l.running != snap.Config {
+			l.running, l.node.known = snap.Config, false
+		}
+	}
+	if snap.Config == l.running {
+		return snap, nil
+	}
+	if err := l.running.CheckTransition(snap.Config, *held); err != nil {
+		refused := *snap
+		refused.Config = l.running
+		refused.Problems = append(refused.Problems[:len(refused.Problems):len(refused.Problems)], overlay.Problem{
+			Object: "config", Reason: "the stored configuration is not taken up: " + err.Error(), Remedy: "the running one stays in force",
+		})
+		return &refused, nil
+	}
+	l.log.Info("network configuration changed")
+	l.running = snap.Config
+	return snap, nil
+}
+
+// usable says why this version cannot carry packets by the configuration, or nil.
+func usable(c overlay.Config) error {
+	if !c.V4.Enabled() {
+		return errors.New("EnableIPv4: false: leases in etcd are named by their IPv4 subnet, so IPv4 must be on")
+	}
+	return c.CheckBackend()
 }
 
 // desire recomputes what is wanted if anything it depends on is new.

@@ -58,13 +58,14 @@ func (n *node) identify(ctx context.Context, cfg overlay.Config, leases []*overl
 	if n.known {
 		return nil
 	}
-	return n.meet(ctx, cfg, leases)
+	return n.meet(ctx, cfg, leases, ifaces)
 }
 
 // meet does what is done once: it looks at the kernel before anything is
-// written, refuses a pod network that this host already uses, and takes over the
-// VTEPs that the host and its lease agree on.
-func (n *node) meet(ctx context.Context, cfg overlay.Config, leases []*overlay.Lease) error {
+// written, refuses a pod network that this host already uses and devices of
+// others in the place of ours, and takes over the VTEPs that the host and its
+// lease agree on.
+func (n *node) meet(ctx context.Context, cfg overlay.Config, leases []*overlay.Lease, ifaces []overlay.Iface) error {
 	have, err := n.kernel.Observe(ctx, kernel.Scope{Networks: cfg.Networks(), Uplink: n.self.Uplink.Name})
 	if err != nil {
 		return fmt.Errorf("read the kernel's state: %w", err)
@@ -77,7 +78,8 @@ func (n *node) meet(ctx context.Context, cfg overlay.Config, leases []*overlay.L
 			break
 		}
 	}
-	if problems := overlay.CheckOverlap(cfg, own, leases, have.Foreign); len(problems) > 0 {
+	problems := append(overlay.CheckLinks(cfg, have.Links, ifaces), overlay.CheckOverlap(cfg, own, leases, have.Foreign)...)
+	if len(problems) > 0 {
 		return fmt.Errorf("%s", problems[0])
 	}
 	vni := cfg.Backend.VXLAN.VNI

@@ -116,6 +116,11 @@ func (c *Cluster) Start(ctx context.Context) error {
 			return err
 		}
 	}
+	if c.opts.Etcd.Auth { // for netctl, which takes no password from twilld
+		if err := c.Lab.Setenv("FLANNELD_ETCD_PASSWORD", nettest.EtcdUserPassword); err != nil {
+			return err
+		}
+	}
 	for _, n := range c.Nodes {
 		if err := n.WaitReady(ctx); err != nil {
 			return err

@@ -1,0 +1,216 @@
+package daemon
+
+import (
+	"bytes"
+	"context"
+	"log/slog"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/twill-net/twill/pkg/overlay"
+)
+
+func newDaemon(log *bytes.Buffer) *Daemon {
+	d := &Daemon{
+		log: slog.New(slog.NewTextHandler(log, nil)), started: time.Now(), cfg: Config{Resync: time.Minute},
+		storeBell: newBell(), kernelBell: newBell(), keeperBell: newBell(),
+	}
+	return d
+}
+
+func TestBell(t *testing.T) {
+	b := newBell()
+	b.ring("first")
+	b.ring("second")
+	if why := <-b; why != "first" {
+		t.Errorf("rung by %s", why)
+	}
+	select {
+	case why := <-b:
+		t.Errorf("two rings are %s more", why)
+	default:
+	}
+	b.ring("third")
+	if why := <-b; why != "third" {
+		t.Errorf("rung by %s", why)
+	}
+}
+
+func TestJitter(t *testing.T) {
+	seen := map[time.Duration]bool{}
+	for range 1000 {
+		d := jitter(time.Second)
+		seen[d] = true
+		if d < 800*time.Millisecond || d > 1200*time.Millisecond {
+			t.Fatalf("jitter gives %s", d)
+		}
+	}
+	if len(seen) < 100 {
+		t.Errorf("only %d values", len(seen))
+	}
+}
+
+// TestForever counts how often a task that fails at once is tried, and that one
+// which ran for a while is tried again soon.
+func TestForever(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDaemon(&bytes.Buffer{})
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		tries := 0
+		if err := d.forever(ctx, "task", func(context.Context) error { tries++; return nil }); err != context.DeadlineExceeded {
+			t.Errorf("ended with %v", err)
+		}
+		if tries < 25 || tries > 45 { // 2 s apart at last
+			t.Errorf("%d tries in a minute", tries)
+		}
+		var began []time.Time
+		ctx, cancel = context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		_ = d.forever(ctx, "task", func(context.Context) error {
+			began = append(began, time.Now())
+			sleep(ctx, 5*time.Second)
+			return nil
+		})
+		for i := 1; i < len(began); i++ {
+			if pause := began[i].Sub(began[i-1]) - 5*time.Second; pause > 200*time.Millisecond {
+				t.Errorf("paused %s after a run of 5 s", pause)
+			}
+		}
+	})
+}
+
+func config(t *testing.T, s string) overlay.Config {
+	t.Helper()
+	c, _, err := overlay.ParseConfig([]byte(s))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+const (
+	v4     = `{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}`
+	wider  = `{"Network":"10.4.0.0/15","Backend":{"Type":"vxlan"}}`
+	mtu    = `{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan","MTU":1400}}`
+	hostGW = `{"Network":"10.5.0.0/16","Backend":{"Type":"host-gw"}}`
+	v6Only = `{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{"Type":"vxlan"}}`
+)
+
+// TestTakeUp walks through configurations, before there is a lease and after.
+func TestTakeUp(t *testing.T) {
+	var log bytes.Buffer
+	l := &loop{Daemon: newDaemon(&log)}
+	l.node.Daemon = l.Daemon
+	step := func(stored, running, problem, failure string) {
+		t.Helper()
+		snap := &overlay.Snapshot{Config: config(t, stored)}
+		err := l.takeUp(snap)
+		if failure != "" {
+			if err == nil || !strings.Contains(err.Error(), failure) {
+				t.Errorf("%s: %v, want %s", stored, err, failure)
+			}
+			return
+		}
+		if err != nil || l.running != config(t, running) || l.snap.Config != l.running {
+			t.Errorf("%s: %v; running %+v", stored, err, l.running)
+		}
+		var problems string
+		for _, p := range l.snap.Problems {
+			problems += p.String()
+		}
+		if (problem == "") != (problems == "") || !strings.Contains(problems, problem) {
+			t.Errorf("%s: problems %q, want %q", stored, problems, problem)
+		}
+		was := l.snap
+		if err := l.takeUp(snap); err != nil || l.snap != was {
+			t.Errorf("%s: the same Snapshot twice makes another", stored)
+		}
+	}
+	step(hostGW, "", "", "Backend.Type: host-gw: this version of Twill carries packets by vxlan alone")
+	step(v6Only, "", "", "EnableIPv4: false: leases in etcd are named by their IPv4 subnet")
+	step(v4, v4, "", "")
+	l.node.known = true
+	step(wider, wider, "", "") // nothing stands on the first one yet
+	if l.node.known {
+		t.Error("a new network was not looked at for routes of the host")
+	}
+	step(v4, v4, "", "")
+	l.held.Store(&overlay.Subnets{V4: subnets.V4})
+	step(wider, v4, "config: the stored configuration is not taken up: network changes from 10.5.0.0/16 to 10.4.0.0/15", "")
+	step(hostGW, v4, "config: the stored configuration is not taken up: Backend.Type: host-gw", "")
+	step(v6Only, v4, "not taken up", "")
+	step(v4, v4, "", "")
+	step(mtu, mtu, "", "")
+	if strings.Count(log.String(), "network configuration changed") != 1 {
+		t.Errorf("log:\n%s", log.String())
+	}
+}
+
+func TestUnready(t *testing.T) {
+	d := newDaemon(&bytes.Buffer{})
+	for _, x := range []struct {
+		report report
+		want   string
+	}{
+		{report{waiting: "the store: x"}, "waiting for the store: x"},
+		{report{}, "waiting for the first pass"},
+		{report{pass: overlay.PassStatus{Count: 1}}, "the last pass did not finish"},
+		{report{pass: overlay.PassStatus{Count: 1, Failures: []string{"route add x: no"}}}, "a change failed: route add x: no"},
+		{report{pass: overlay.PassStatus{Count: 1, Failures: []string{"a", "b", "c"}}}, "a change failed: a (and 2 more)"},
+		{report{pass: overlay.PassStatus{Count: 1}, clean: true}, ""},
+	} {
+		d.report = x.report
+		got := ""
+		if err := d.unready(); err != nil {
+			got = err.Error()
+		}
+		if got != x.want {
+			t.Errorf("%+v: %q, want %q", x.report, got, x.want)
+		}
+	}
+}
+
+func TestAlive(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDaemon(&bytes.Buffer{})
+		time.Sleep(3 * d.cfg.Resync)
+		if err := d.alive(); err != nil {
+			t.Errorf("on time: %v", err)
+		}
+		time.Sleep(time.Second)
+		if err := d.alive(); err == nil || !strings.Contains(err.Error(), "no pass of the reconcile loop for 3m1s") {
+			t.Errorf("late: %v", err)
+		}
+		d.update(func(r *report) { r.heartbeat = time.Now() })
+		if err := d.alive(); err != nil {
+			t.Errorf("after a pass: %v", err)
+		}
+	})
+}
+
+func TestLogProblems(t *testing.T) {
+	var log bytes.Buffer
+	l := &loop{Daemon: newDaemon(&log)}
+	p := overlay.Problem{Object: "lease x", Reason: "odd", Remedy: "none"}
+	l.logProblems([]overlay.Problem{p})
+	l.logProblems([]overlay.Problem{p})
+	if strings.Count(log.String(), "msg=problem") != 1 {
+		t.Errorf("a problem that stays is logged again:\n%s", log.String())
+	}
+	l.logProblems(nil)
+	if strings.Count(log.String(), `msg="problem solved"`) != 1 {
+		t.Errorf("its end is not logged:\n%s", log.String())
+	}
+	var many []overlay.Problem
+	for range 50 {
+		many = append(many, overlay.Problem{Object: string(rune('a' + len(many)))})
+	}
+	log.Reset()
+	l.logProblems(many)
+	if n := strings.Count(log.String(), "\n"); n != maxLogged+1 || !strings.Contains(log.String(), "count=40") {
+		t.Errorf("%d lines:\n%s", n, log.String())
+	}
+}

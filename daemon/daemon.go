@@ -34,9 +34,10 @@ type Daemon struct {
 	claim    atomic.Pointer[claim]            // what the loop wants leased
 	held     atomic.Pointer[overlay.Subnets]  // what the keeper holds
 
-	storeBell  bell // a new Snapshot or lease
-	kernelBell bell // something changed that we did not
-	keeperBell bell // the claim or the Snapshot changed
+	storeBell  bell          // a new Snapshot or lease
+	kernelBell bell          // something changed that we did not
+	keeperBell bell          // the claim or the Snapshot changed
+	written    chan struct{} // closed after the first write to the kernel
 
 	drift   driftLog
 	metrics *metrics
@@ -69,6 +70,7 @@ func Run(ctx context.Context, cfg Config, version string, log *slog.Logger) erro
 	d := &Daemon{
 		cfg: cfg, version: version, log: log, started: time.Now(),
 		storeBell: newBell(), kernelBell: newBell(), keeperBell: newBell(),
+		written: make(chan struct{}),
 	}
 	d.metrics = newMetrics(d)
 	etcd := cfg.Etcd
@@ -134,9 +136,15 @@ func (d *Daemon) watchStore(ctx context.Context) error {
 	})
 }
 
+// watchKernel begins when the first pass has written: ten thousand notifications
+// of our own work would only slow it down. What happened before the watch stood is
+// found by reading everything.
 func (d *Daemon) watchKernel(ctx context.Context) error {
-	// What happened before the watch stood is found by reading everything.
-	d.kernelBell.ring("kernel watch started")
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-d.written:
+	}
 	return d.kernel.Watch(ctx, d.kernelBell.ring)
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"reflect"
 	"slices"
+	"sync"
 	"time"
 
 	sdnotify "github.com/coreos/go-systemd/v22/daemon"
@@ -37,11 +38,12 @@ type loop struct {
 	applied *overlay.State
 	retry   time.Duration // pause before the next try after a failure; 0: none
 	ready   bool
+	begin   sync.Once // closes written
 }
 
 const (
 	retryLeast = 200 * time.Millisecond
-	retryMost  = 30 * time.Second
+	retryMost  = 5 * time.Second
 	// kernelPause bounds how often kernel events make the loop read everything:
 	// a program that fights us must not burn the node.
 	kernelPause = 100 * time.Millisecond
@@ -157,6 +159,7 @@ func (l *loop) pass(ctx context.Context, why string, full bool) (changes int, fa
 		}
 		l.metrics.apply.Observe(time.Since(began).Seconds())
 	}
+	l.begin.Do(func() { close(l.written) })
 	l.logProblems(slices.Concat(l.found, l.node.problems(), l.clashes))
 	if l.blocked(refused) {
 		return 0, nil, errors.New(refused[0].String())

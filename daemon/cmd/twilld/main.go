@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"runtime/debug"
 	"syscall"
 
 	"github.com/twill-net/twill/daemon"
@@ -17,10 +16,6 @@ import (
 var version = "devel"
 
 func main() {
-	// 10,000 peers are a few MiB of state and as much garbage each time they are
-	// read again: collect it early rather than let the node pay for it.
-	debug.SetGCPercent(50)
-
 	cfg, err := daemon.ParseConfig(os.Args[1:], os.Getenv, os.Stderr)
 	if errors.Is(err, daemon.ErrHelp) {
 		os.Exit(0)

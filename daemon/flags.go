@@ -110,7 +110,7 @@ It leases a subnet in etcd, publishes how this node is reached, and programs the
 kernel so that packets find every other node's pods. Stopping it stops no packet.
 
 Example:
-  twilld --etcd-endpoints=https://198.51.100.5:2379 --etcd-cafile=/etc/etcd/ca.crt --ip-masq
+  twilld --etcd-endpoints=http://127.0.0.1:2379 --ip-masq
   twilld --cleanup
 
 Flags (each also as FLANNELD_NAME_IN_CAPITALS in the environment):

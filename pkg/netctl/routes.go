@@ -17,6 +17,7 @@ const (
 	stateOK      = "ok"
 	stateMissing = "missing" // a part of the path is not in the kernel
 	stateChanged = "changed" // a part leads elsewhere
+	stateLocal   = "local"   // to this node's own pods
 	stateForeign = "foreign" // another program's route
 	stateExtra   = "extra"   // Twill's, and no lease asks for it
 	stateUnknown = "unknown" // the store could not be read
@@ -51,6 +52,7 @@ STATE compares the kernel with what the leases ask for:
   missing  a part of the path is not in the kernel; it is named
   changed  a part leads elsewhere; it is named with what it should be
   extra    Twill's own route that no lease asks for
+  local    the bridge's own route to the pods of this node
   foreign  another program's route in the pod networks; Twill leaves it alone
 ` + exitCodes,
 		Example: "  netctl routes\n  netctl routes -o json | jq -r '.[] | select(.state != \"ok\") | .destination'",
@@ -74,7 +76,7 @@ func (a *app) runRoutes(ctx context.Context) error {
 		a.note(s.storeErr)
 		return errPartial
 	}
-	if slices.ContainsFunc(rows, func(r routeRow) bool { return r.State != stateOK && r.State != stateForeign }) {
+	if slices.ContainsFunc(rows, func(r routeRow) bool { return !slices.Contains([]string{stateOK, stateLocal, stateForeign}, r.State) }) {
 		return errDiffers
 	}
 	return nil
@@ -95,7 +97,7 @@ func (a *app) printRoutes(rows []routeRow) error {
 		switch r.State {
 		case stateOK:
 			state.style = good
-		case stateForeign:
+		case stateLocal, stateForeign:
 			state.style = plain
 		case stateUnknown, stateExtra:
 			state.style = doubt
@@ -145,8 +147,12 @@ func (s *sight) routeRows() []routeRow {
 	}
 	for _, r := range s.have.Foreign {
 		row := have.row(r)
-		row.State, row.summary = stateForeign, "proto "+protocol(r.Protocol)
-		row.Detail = []string{row.summary}
+		if r.Link == overlay.Bridge && slices.Contains(s.self.Self.All(), r.Dst) {
+			row.State = stateLocal
+		} else {
+			row.State, row.summary = stateForeign, "proto "+protocol(r.Protocol)
+			row.Detail = []string{row.summary}
+		}
 		rows = append(rows, row)
 	}
 	slices.SortStableFunc(rows, func(a, b routeRow) int {

@@ -51,6 +51,7 @@ const (
 
 func (d *Daemon) reconcile(ctx context.Context) error {
 	l := &loop{Daemon: d, node: node{Daemon: d}}
+	d.storeBell.ring("start") // so that it is said at once what is waited for
 	kernelBell := d.kernelBell
 	var rested <-chan time.Time
 	for {

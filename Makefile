@@ -35,7 +35,7 @@ demo: deps build ## three hosts, an etcd, pods: see packets cross the overlay (K
 	@TWILL_BIN_DIR=$(BIN) $(BIN)/lab demo $(if $(KEEP),--keep)
 
 .PHONY: test
-test: deps lint ## lint and all tests, with the race detector, on real kernels and etcd
+test: deps lint build ## lint and all tests, with the race detector, on real kernels and etcd
 	@e2e/test.sh
 
 .PHONY: bench

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -30,7 +29,6 @@ type rig struct {
 func newRig(t testing.TB, opts nettest.EtcdOptions) *rig {
 	t.Helper()
 	lab, hosts := nettest.NewHosts(t, 1)
-	opts.Binary = os.Getenv("TWILL_TEST_ETCD") // another release
 	e, err := lab.StartEtcd(opts)
 	if err != nil {
 		t.Fatal(err)

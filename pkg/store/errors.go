@@ -126,7 +126,7 @@ func transportRemedy(reason string) string {
 	case has("first record does not look like a TLS handshake"):
 		return "this endpoint speaks http, not https"
 	case has("certificate required"), has("bad certificate"), has("unknown certificate"):
-		return "etcd wants a client certificate of its own authority: --etcd-certfile and --etcd-keyfile"
+		return "etcd wants a client certificate of its own authority that has not expired: --etcd-certfile and --etcd-keyfile"
 	case reason == "EOF": // what etcd without TLS answers to a TLS handshake
 		return "it hangs up at once; does it speak http, not https?"
 	case has("connection refused"):

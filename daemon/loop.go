@@ -54,28 +54,39 @@ func (d *Daemon) reconcile(ctx context.Context) error {
 	d.storeBell.ring("start") // so that it is said at once what is waited for
 	kernelBell := d.kernelBell
 	var rested <-chan time.Time
+	timer := time.NewTimer(l.pause())
+	defer timer.Stop()
 	for {
-		wait := jitter(d.cfg.Resync)
-		if l.retry > 0 {
-			wait = l.retry
-		}
-		timer := time.NewTimer(wait)
+		full, why := true, "timer"
 		select {
 		case <-ctx.Done():
-			timer.Stop()
 			return ctx.Err()
 		case <-rested:
 			kernelBell, rested = d.kernelBell, nil
-		case why := <-d.storeBell:
-			l.run(ctx, why, l.applied == nil)
-		case why := <-kernelBell:
-			l.run(ctx, why, true)
-			kernelBell, rested = nil, time.After(kernelPause)
+			continue
+		case why = <-d.storeBell:
+			full = l.applied == nil
+		case why = <-kernelBell:
+			kernelBell = nil
 		case <-timer.C:
-			l.run(ctx, "timer", true)
 		}
-		timer.Stop()
+		l.run(ctx, why, full)
+		if kernelBell == nil && rested == nil {
+			rested = time.After(kernelPause)
+		}
+		// A pass that only follows the store puts no full one off.
+		if full || l.retry > 0 {
+			timer.Reset(l.pause())
+		}
 	}
+}
+
+// pause returns how long until the next full pass that nothing asks for.
+func (l *loop) pause() time.Duration {
+	if l.retry > 0 {
+		return l.retry
+	}
+	return jitter(l.cfg.Resync)
 }
 
 // waitError is something the loop cannot do without, and that comes or not.

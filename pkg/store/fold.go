@@ -105,7 +105,7 @@ func (f *fold) put(kv *mvccpb.KeyValue) {
 
 func (f *fold) remove(key string) {
 	delete(f.bad, key)
-	n, err := parseLeaseKey(strings.TrimPrefix(key, f.leaseDir))
+	n, err := overlay.ParseKey(strings.TrimPrefix(key, f.leaseDir))
 	if err != nil {
 		return
 	}
@@ -125,7 +125,7 @@ func (f *fold) own() {
 // parseKey reads the key; one that does not parse becomes a Problem.
 func (f *fold) parseKey(kv *mvccpb.KeyValue) (overlay.Subnets, bool) {
 	key := string(kv.Key[len(f.leaseDir):])
-	n, err := parseLeaseKey(key)
+	n, err := overlay.ParseKey(key)
 	if err == nil {
 		return n, true
 	}
@@ -138,19 +138,6 @@ func (f *fold) parseKey(kv *mvccpb.KeyValue) (overlay.Subnets, bool) {
 		Remedy: fmt.Sprintf("if nobody needs it: etcdctl del %q", kv.Key),
 	}
 	return overlay.Subnets{}, false
-}
-
-// parseLeaseKey takes only the one spelling of a key that can be written back:
-// two spellings of one subnet would be two leases of the same name.
-func parseLeaseKey(key string) (overlay.Subnets, error) {
-	n, err := overlay.ParseKey(key)
-	if err != nil {
-		return n, err
-	}
-	if want := n.Key(); want != key {
-		return n, fmt.Errorf("key %q is not how the subnet %s is written", key, want)
-	}
-	return n, nil
 }
 
 func newLease(n overlay.Subnets, kv *mvccpb.KeyValue) *overlay.Lease {

@@ -42,16 +42,14 @@ var forbidden = map[string][]string{
 }
 
 type pkg struct {
-	ImportPath  string
-	Imports     []string
-	TestImports []string
-	Deps        []string
-	Standard    bool
+	ImportPath string
+	Imports    []string
+	Deps       []string
 }
 
 func list(t *testing.T) map[string]pkg {
 	t.Helper()
-	cmd := exec.Command("go", "list", "-json=ImportPath,Imports,Deps,Standard", module+"...")
+	cmd := exec.Command("go", "list", "-json=ImportPath,Imports,Deps", module+"...")
 	out, err := cmd.Output()
 	if err != nil {
 		t.Fatalf("go list: %v", err)

@@ -87,18 +87,9 @@ func (p *Probe) Stop() (ProbeResult, error) {
 // Transfer sends size bytes by TCP from one namespace to addr in the other, where
 // they are counted and their checksum is compared.
 func Transfer(from, to *NS, addr netip.Addr, size int64) (TransferResult, error) {
-	return transfer(from, to, addr, "--bytes", strconv.FormatInt(size, 10))
-}
-
-// TransferFor is Transfer of as much as goes in d.
-func TransferFor(from, to *NS, addr netip.Addr, d time.Duration) (TransferResult, error) {
-	return transfer(from, to, addr, "--duration", d.String())
-}
-
-func transfer(from, to *NS, addr netip.Addr, args ...string) (TransferResult, error) {
 	var r TransferResult
 	var out bytes.Buffer
-	server, client, err := startPair(from, to, addr, "tcp", &out, args...)
+	server, client, err := startPair(from, to, addr, "tcp", &out, "--bytes", strconv.FormatInt(size, 10))
 	if err != nil {
 		return r, fmt.Errorf("transfer %s to %s: %w", from.Name, addr, err)
 	}

@@ -215,7 +215,7 @@ func (l *loop) learn(ctx context.Context, full bool) error {
 	if err != nil {
 		return err
 	}
-	if c := l.claim.Load(); c == nil || *c != (claim{l.running, attrs}) {
+	if c := l.claim.Load(); c == nil || !c.config.Equal(l.running) || c.attrs != attrs {
 		l.claim.Store(&claim{l.running, attrs})
 		l.keeperBell.ring("claim")
 	}
@@ -250,11 +250,11 @@ func (l *loop) accept(snap *overlay.Snapshot) (*overlay.Snapshot, error) {
 		if err := usable(snap.Config); err != nil {
 			return nil, fmt.Errorf("a usable network configuration: %w", err)
 		}
-		if l.running != snap.Config {
+		if !l.running.Equal(snap.Config) {
 			l.running, l.node.known = snap.Config, false
 		}
 	}
-	if snap.Config == l.running {
+	if snap.Config.Equal(l.running) {
 		return snap, nil
 	}
 	if err := l.running.CheckTransition(snap.Config, *held); err != nil {

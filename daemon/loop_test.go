@@ -114,7 +114,7 @@ func TestTakeUp(t *testing.T) {
 			}
 			return
 		}
-		if err != nil || l.running != config(t, running) || l.snap.Config != l.running {
+		if err != nil || !l.running.Equal(config(t, running)) || !l.snap.Config.Equal(l.running) {
 			t.Errorf("%s: %v; running %+v", stored, err, l.running)
 		}
 		var problems string

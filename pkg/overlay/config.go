@@ -8,6 +8,7 @@ import (
 	"maps"
 	"math"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -16,7 +17,7 @@ import (
 
 // Config is flannel's network configuration, validated: the JSON under
 // <prefix>/config in etcd, or net-conf.json. The zero value of a Pool is a family
-// that is off. Comparable.
+// that is off.
 type Config struct {
 	V4, V6         Pool
 	EnableNFTables bool
@@ -44,6 +45,9 @@ func (c Config) Tool() Tool {
 	return Iptables
 }
 
+// Equal reports whether the two say the same.
+func (c Config) Equal(o Config) bool { return reflect.DeepEqual(c, o) }
+
 // Check says why a node may not hold n under this configuration, or nil.
 func (c Config) Check(n Subnets) error {
 	if err := c.V4.Check(n.V4); err != nil {
@@ -63,6 +67,7 @@ type BackendConfig struct {
 	IPsec     IPsecConfig
 	Extension ExtensionConfig
 	Tencent   TencentConfig
+	BGP       BGPConfig
 }
 
 // VXLANConfig holds the settings of backend vxlan.
@@ -144,11 +149,15 @@ func ParseConfig(data []byte) (c Config, warnings []string, err error) {
 }
 
 func (c Config) checkMTU() error {
-	least := 0
+	least, m := 0, c.Backend.VXLAN.MTU
 	for _, f := range c.families() {
-		least = max(least, leastMTU(f)+vxlanOverhead(f))
+		overhead := vxlanOverhead(f)
+		if c.Backend.Type == "wireguard" {
+			overhead, m = wireguardOverhead, c.Backend.WireGuard.MTU
+		}
+		least = max(least, leastMTU(f)+overhead)
 	}
-	if m := c.Backend.VXLAN.MTU; m != 0 && m < least {
+	if m != 0 && m < least {
 		return fmt.Errorf("Backend.MTU: %d: must be 0 or at least %d, or pods' packets do not fit", m, least)
 	}
 	return nil
@@ -245,12 +254,12 @@ func (k *keys) backend() BackendConfig {
 			v.Port = DefaultVXLANPort
 		}
 	case "udp":
-		k.get("Port", &b.UDPPort, port)
+		k.port("Port", &b.UDPPort)
 	case "wireguard":
 		w := &b.WireGuard
 		var seconds uint16
-		k.get("ListenPort", &w.ListenPort, port)
-		k.get("ListenPortV6", &w.ListenPortV6, port)
+		k.port("ListenPort", &w.ListenPort)
+		k.port("ListenPortV6", &w.ListenPortV6)
 		k.number("MTU", &w.MTU, 0, math.MaxUint16)
 		k.get("PSK", &w.PSK, text)
 		k.get("PersistentKeepaliveInterval", &seconds, "must be 0..65535 seconds")
@@ -258,6 +267,9 @@ func (k *keys) backend() BackendConfig {
 		k.get("Mode", &w.Mode, text)
 		if !slices.Contains([]string{"separate", "auto", "ipv4", "ipv6"}, w.Mode) {
 			k.fail("Mode", w.Mode, "must be separate, auto, ipv4 or ipv6")
+		}
+		if _, err := ParseWGKey(w.PSK); w.PSK != "" && err != nil {
+			k.fail("PSK", shown("PSK", nil), "must be 32 bytes in base64, as from `wg genpsk`")
 		}
 	case "ipip":
 		k.get("DirectRouting", &b.IPIP.DirectRouting, boolean)
@@ -278,9 +290,11 @@ func (k *keys) backend() BackendConfig {
 	case "tencent-vpc":
 		k.get("AccessKeyID", &b.Tencent.AccessKeyID, text)
 		k.get("AccessKeySecret", &b.Tencent.AccessKeySecret, text)
+	case "bgp":
+		b.BGP = k.bgp()
 	case "host-gw", "alloc":
 	default:
-		k.fail("Type", b.Type, "must be one of vxlan, host-gw, udp, wireguard, ipip, ipsec, extension, alloc, tencent-vpc")
+		k.fail("Type", b.Type, "must be one of vxlan, host-gw, udp, bgp, wireguard, ipip, ipsec, extension, alloc, tencent-vpc")
 	}
 	return b
 }
@@ -291,6 +305,7 @@ type keys struct {
 	path string // of the object: "Backend."
 	raw  map[string]json.RawMessage
 	err  error
+	more []string // unknown keys of objects inside this one
 }
 
 func object(path string, data []byte) (*keys, error) {
@@ -310,28 +325,46 @@ func object(path string, data []byte) (*keys, error) {
 // get reads the key into a variable, which keeps its value if the key is absent.
 // Two spellings of one key would leave it to chance which one counts.
 func (k *keys) get(name string, into any, rule string) {
+	raw, ok := k.find(name)
+	if !ok {
+		return
+	}
+	maps.DeleteFunc(k.raw, func(key string, _ json.RawMessage) bool { return strings.EqualFold(key, name) })
+	if k.err == nil && json.Unmarshal(raw, into) != nil {
+		k.fail(name, shown(name, raw), rule)
+	}
+}
+
+// find returns the value of a key as it is written.
+func (k *keys) find(name string) (json.RawMessage, bool) {
 	var found []string
 	for key := range k.raw {
 		if strings.EqualFold(key, name) {
 			found = append(found, key)
 		}
 	}
-	if len(found) > 1 {
-		slices.Sort(found)
-		k.fail(name, json.RawMessage(strings.Join(found, ", ")), "must be given once, in one spelling")
+	switch len(found) {
+	case 0:
+		return nil, false
+	case 1:
+		return k.raw[found[0]], true
 	}
-	for _, key := range found {
-		raw := k.raw[key]
-		delete(k.raw, key)
-		if k.err == nil && json.Unmarshal(raw, into) != nil {
-			k.fail(name, shown(name, raw), rule)
-		}
+	slices.Sort(found)
+	k.fail(name, json.RawMessage(strings.Join(found, ", ")), "must be given once, in one spelling")
+	return nil, true
+}
+
+// port reads a TCP or UDP port to listen on.
+func (k *keys) port(name string, into *uint16) {
+	k.get(name, into, "must be 1..65535")
+	if *into == 0 {
+		k.fail(name, 0, "must be 1..65535")
 	}
 }
 
 // shown is a value as an error may print it: not a secret.
 func shown(name string, raw json.RawMessage) json.RawMessage {
-	if name == "PSK" || strings.HasPrefix(name, "AccessKey") {
+	if name == "PSK" || name == "Password" || strings.HasPrefix(name, "AccessKey") {
 		return json.RawMessage("(not shown)")
 	}
 	return raw
@@ -354,6 +387,8 @@ func (k *keys) number(name string, into any, lo, hi int) {
 		*v = *n
 	case *uint32:
 		*v = uint32(*n)
+	case *uint8:
+		*v = uint8(*n)
 	}
 }
 
@@ -380,7 +415,7 @@ func (k *keys) fail(name string, value any, rule string) Pool {
 
 // unknown names the keys nobody asked for.
 func (k *keys) unknown() []string {
-	var out []string
+	out := k.more
 	for _, key := range slices.Sorted(maps.Keys(k.raw)) {
 		out = append(out, fmt.Sprintf("unknown key %s%s is ignored", k.path, key))
 	}

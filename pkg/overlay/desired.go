@@ -16,6 +16,13 @@ type Self struct {
 	PublicV6 netip.Addr
 	// MAC and MACv6 are the addresses of its VTEPs.
 	MAC, MACv6 MAC
+	WGKey      WGKey // private, of backend wireguard
+	// ExtensionData is the output of PreStartupCommand.
+	ExtensionData string
+	// Former are the backends that were configured before and that peers may still
+	// send by, or be reached by: they stay beside the configured one.
+	Former []BackendConfig
+	RIB    *RIB // what the speaker has learned; nil: nothing yet
 	Options
 }
 
@@ -26,28 +33,70 @@ type Options struct {
 	ForwardRules   bool // accept forwarded pod traffic
 	BlackholeRoute bool // drop packets to pods of ours that do not exist
 	Nexthops       bool // the kernel has nexthop objects (Linux 5.3)
+	// WireGuardInUserSpace: the kernel has no WireGuard.
+	WireGuardInUserSpace bool
+	BGP                  BGPOptions
 }
 
 // backend is one way to carry packets: what our lease publishes, our own devices,
 // and one peer in, its objects out.
 type backend interface {
 	attrs(Config, Self) Attrs
-	overhead(Family) int
+	mtu(Self, Family) int // of a pod's packet, bytes
 	own(*draft)
 	peer(*draft, *Lease, Family) error
 }
 
 // CheckBackend says why the configured backend cannot be used, or nil.
 func (c Config) CheckBackend() error {
-	_, err := c.backend()
+	if c.Backend.Type == "ipip" && !c.V4.Enabled() {
+		return fmt.Errorf("Backend.Type: ipip: carries IPv4 alone, and EnableIPv4 is false")
+	}
+	_, err := c.Backend.backend()
 	return err
 }
 
-func (c Config) backend() (backend, error) {
-	if c.Backend.Type == "vxlan" {
-		return newVXLAN(c.Backend.VXLAN), nil
+func (b BackendConfig) backend() (backend, error) {
+	switch b.Type {
+	case "vxlan":
+		return newVXLAN(b.VXLAN), nil
+	case "host-gw":
+		return hostGW{}, nil
+	case "udp":
+		return udp{b.UDPPort}, nil
+	case "bgp":
+		return bgp{BGPConfig: b.BGP}, nil
+	case "wireguard":
+		return wireguard{b.WireGuard}, nil
+	case "ipip":
+		return ipip{b.IPIP}, nil
+	case "extension":
+		return extension{ExtensionConfig: b.Extension}, nil
+	case "alloc":
+		return alloc{}, nil
 	}
-	return nil, fmt.Errorf("Backend.Type: %s: this version of Twill carries packets by vxlan alone; store \"Backend\": {\"Type\": \"vxlan\"}", c.Backend.Type)
+	return nil, fmt.Errorf("Backend.Type: %s: Twill has no such backend; use vxlan, host-gw, udp, bgp, wireguard, ipip, extension or alloc", b.Type)
+}
+
+// Coexists reports whether a node can accept packets by both at once, as it does
+// while the cluster moves from one to the other: they share no device.
+func (b BackendConfig) Coexists(o BackendConfig) bool {
+	if b.Type != o.Type {
+		return true
+	}
+	return b.Type == "vxlan" && b.VXLAN.VNI != o.VXLAN.VNI
+}
+
+// Carries reports whether a peer with that lease is sent to by b.
+func (b BackendConfig) Carries(l *Lease) bool {
+	switch b.Type {
+	case "udp", "alloc": // flannel leaves the type out for these
+		return l.Backend == ""
+	case "vxlan":
+		v4, v6 := l.VTEP.VNI, l.VTEPv6.VNI
+		return l.Backend == "vxlan" && (v4 == b.VXLAN.VNI || v6 == b.VXLAN.VNI)
+	}
+	return l.Backend == b.Type
 }
 
 // CheckTransition says why a running node that holds n cannot take up the
@@ -75,7 +124,7 @@ func joined(p []netip.Prefix) string {
 
 // PublishedAttrs returns what the node's lease shall say.
 func PublishedAttrs(c Config, self Self) (Attrs, error) {
-	b, err := c.backend()
+	b, err := c.Backend.backend()
 	if err != nil {
 		return Attrs{}, err
 	}
@@ -85,13 +134,13 @@ func PublishedAttrs(c Config, self Self) (Attrs, error) {
 // PodMTU returns the largest packet in bytes that a pod may send in every family
 // in use without fragmentation.
 func PodMTU(c Config, self Self) (int, error) {
-	b, err := c.backend()
+	b, err := c.Backend.backend()
 	if err != nil {
 		return 0, err
 	}
 	mtu := 0
 	for _, f := range c.families() {
-		if m := max(underlayMTU(c, self)-b.overhead(f), leastMTU(f)); mtu == 0 || m < mtu {
+		if m := max(b.mtu(self, f), leastMTU(f)); mtu == 0 || m < mtu {
 			mtu = m
 		}
 	}
@@ -107,11 +156,15 @@ func leastMTU(f Family) int {
 	return 1280
 }
 
-func underlayMTU(c Config, self Self) int {
-	if m := c.Backend.VXLAN.MTU; m != 0 {
-		return m
+// linkMTU is the MTU of our device for a family. It is never below what the
+// kernel needs to run that family over the device.
+func (d *draft) linkMTU(name string, b backend, f Family) int {
+	mtu, least := b.mtu(d.self, f), leastMTU(f)
+	if mtu < least {
+		d.problem("link "+name, "raise the MTU of the uplink or Backend.MTU", "%d bytes are left for a packet of a pod, %s needs %d; outer packets will be fragmented", mtu, f, least)
+		return least
 	}
-	return self.Uplink.MTU
+	return mtu
 }
 
 func (c Config) families() []Family {
@@ -147,6 +200,55 @@ type draft struct {
 	families []Family // in use, and with a subnet of ours
 	state    State
 	problems []Problem
+
+	bgp       *BGPConfig        // set if a speaker is wanted
+	shared    map[string]uint32 // nexthop objects that several routes use
+	sharedIDs map[uint32]bool
+	wgPeers   map[string]int // place in state.WGPeers
+}
+
+// carrier is a backend with the configuration that says whom it carries to.
+type carrier struct {
+	BackendConfig
+	backend
+}
+
+// carriers returns the configured backend, then the former ones, then those that
+// need no device: a peer that can be reached without one is reached, whatever our
+// own configuration says.
+func (d *draft) carriers() ([]carrier, error) {
+	var out []carrier
+	b, err := d.cfg.Backend.backend()
+	if err != nil {
+		return nil, err
+	}
+	out = append(out, carrier{d.cfg.Backend, b})
+	for _, c := range d.self.Former {
+		if b, err := c.backend(); err == nil {
+			out = append(out, carrier{c, b})
+		}
+	}
+	return out, nil
+}
+
+// carrierOf returns the backend that reaches a peer.
+func (d *draft) carrierOf(own []carrier, l *Lease) (backend, error) {
+	for _, c := range own {
+		if c.Carries(l) {
+			return c.backend, nil
+		}
+	}
+	switch {
+	case d.cfg.Backend.Type == "alloc":
+		return alloc{}, nil
+	case l.Backend == "host-gw":
+		return hostGW{}, nil
+	case l.Backend == "bgp":
+		return bgp{}, nil
+	case l.Backend == "vxlan" && own[0].Type == "vxlan": // of another VNI: to be said why not
+		return own[0].backend, nil
+	}
+	return nil, fmt.Errorf("its backend is %q, ours is %s; it takes the stored configuration up when its daemon reads it", l.Backend, d.cfg.Backend.Type)
 }
 
 func (d *draft) pool(f Family) *Pool {
@@ -164,8 +266,11 @@ func (d *draft) problem(object, remedy, format string, args ...any) {
 // makes no sense is a Problem and costs nobody else anything.
 func Desired(snap *Snapshot, self Self) (State, []Problem) {
 	n := len(snap.Leases)
-	d := &draft{cfg: snap.Config, self: self, problems: slices.Clone(snap.Problems)}
-	b, err := snap.Config.backend()
+	d := &draft{
+		cfg: snap.Config, self: self, problems: slices.Clone(snap.Problems),
+		shared: map[string]uint32{}, sharedIDs: map[uint32]bool{}, wgPeers: map[string]int{},
+	}
+	carriers, err := d.carriers()
 	if err != nil { // the caller asks CheckBackend before it takes a configuration up
 		d.problem("config", "", "%v", err)
 		return State{}, d.problems
@@ -180,24 +285,40 @@ func Desired(snap *Snapshot, self Self) (State, []Problem) {
 	n *= len(d.families)
 	d.state.Nexthops, d.state.Routes = make([]Nexthop, 0, n), make([]Route, 0, n)
 	d.state.Neighs, d.state.FDB = make([]Neigh, 0, n), make([]FDB, 0, n)
-	b.own(d)
+	for _, c := range carriers {
+		if len(d.families) > 0 {
+			c.own(d)
+		}
+	}
 	d.node()
 	peers := d.peers(snap.Leases)
 	for _, f := range d.families {
 		nodes := d.nodes(peers, f)
 		for _, l := range ordered(peers, f) {
-			err := d.reasonable(l, f, nodes)
-			if err == nil {
-				err = b.peer(d, l, f)
-			}
-			if err != nil {
+			if err := d.peer(carriers, l, f, nodes); err != nil {
 				d.problem("lease "+l.Key(), "", "%s peer %s: %v", f, l.address(), err)
 			}
 		}
 	}
+	if d.bgp != nil {
+		d.learned(peers)
+		d.state.Outside.BGP = d.speaker(*d.bgp, peers)
+	}
 	d.state.Normalize()
 	d.dropTwins(snap.Leases)
 	return d.state, d.problems
+}
+
+// peer adds what leads packets to the pods of one peer.
+func (d *draft) peer(carriers []carrier, l *Lease, f Family, nodes []netip.Addr) error {
+	if err := d.reasonable(l, f, nodes); err != nil {
+		return err
+	}
+	b, err := d.carrierOf(carriers, l)
+	if err != nil {
+		return err
+	}
+	return b.peer(d, l, f)
 }
 
 // node adds what the node needs whatever the backend.
@@ -215,9 +336,17 @@ func (d *draft) node() {
 		pods := d.self.Subnet(f)
 		d.state.Chains = append(d.state.Chains, chains(d.cfg.Tool(), f, d.cfg.Pool(f).Network, pods, d.self.Options)...)
 		if d.self.BlackholeRoute {
-			// The lowest priority there is: cni0's own route comes first.
-			d.state.Routes = append(d.state.Routes, Route{Dst: pods, Blackhole: true, Metric: 0xfffffffe, Protocol: Protocol})
+			d.blackhole(pods)
 		}
+	}
+}
+
+// blackhole drops packets to pods of ours that do not exist. It has the lowest
+// priority there is: cni0's own route comes first.
+func (d *draft) blackhole(pods netip.Prefix) {
+	r := Route{Dst: pods, Blackhole: true, Metric: 0xfffffffe, Protocol: Protocol}
+	if !slices.Contains(d.state.Routes, r) {
+		d.state.Routes = append(d.state.Routes, r)
 	}
 }
 
@@ -301,17 +430,34 @@ func (a *Attrs) address() netip.Addr {
 	return a.PublicIPv6
 }
 
+// public returns the address of a family that the node publishes.
+func (s *Self) public(f Family) netip.Addr {
+	if f == IPv4 {
+		return s.PublicIP
+	}
+	return s.PublicV6
+}
+
+// is reports whether a is one of the node's own addresses.
+func (s *Self) is(a netip.Addr) bool {
+	return slices.Contains([]netip.Addr{s.PublicIP, s.PublicV6, s.Uplink.V4, s.Uplink.V6}, a)
+}
+
 func (s *Self) address() netip.Addr {
 	a := Attrs{PublicIP: s.PublicIP, PublicIPv6: s.PublicV6}
 	return a.address()
 }
 
-// route leads dst to gateway by a nexthop object of its own. Without nexthop
-// objects, or for a subnet that has no number in its pool, it is a plain route.
+// route leads dst to gateway, or into link if there is none, by a nexthop object of
+// its own. Without nexthop objects, or for a subnet that has no number in its pool, it is a plain route.
 func (d *draft) route(dst netip.Prefix, gateway netip.Addr, link string, onlink bool) {
 	r := Route{Dst: dst, Metric: defaultMetric(dst), Protocol: Protocol}
 	if id, ok := d.nexthopID(dst); ok {
-		d.state.Nexthops = append(d.state.Nexthops, Nexthop{ID: id, Gateway: gateway, Link: link, OnLink: onlink})
+		n := Nexthop{ID: id, Gateway: gateway, Link: link, OnLink: onlink}
+		if !gateway.IsValid() {
+			n.Family = FamilyOf(dst.Addr())
+		}
+		d.state.Nexthops = append(d.state.Nexthops, n)
 		r.NH = id
 	} else {
 		r.Gateway, r.Link, r.OnLink = gateway, link, onlink

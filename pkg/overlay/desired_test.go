@@ -77,7 +77,7 @@ func vxlanJSON(settings string) string {
 func scenes() []scene {
 	two := []Lease{peerLease("10.5.2.0-24", 2), peerLease("10.5.255.0-24", 3, elsewhere)}
 	twoDual := []Lease{peerLease("10.5.2.0-24&fd00:5:0:2::-64", 2), peerLease("10.5.3.0-24&fd00:5:0:ffff::-64", 3, elsewhere)}
-	return []scene{
+	return append(backendScenes(), []scene{
 		{name: "alone", config: v4JSON},
 		{name: "v4", config: v4JSON, leases: two},
 		{name: "dual", config: dualJSON, leases: twoDual},
@@ -105,7 +105,7 @@ func scenes() []scene {
 		{name: "bad peers", config: v4JSON, leases: []Lease{
 			peerLease("10.5.2.0-24", 2),
 			peerLease("10.5.3.0-24", 3, elsewhere),
-			peerLease("10.5.10.0-24", 10, func(l *Lease) { l.Backend = "host-gw" }),
+			peerLease("10.5.10.0-24", 10, func(l *Lease) { l.Backend = "ipip" }),
 			peerLease("10.5.11.0-24", 11, func(l *Lease) { l.Backend = "" }),
 			peerLease("10.5.12.0-24", 12, func(l *Lease) { l.VTEP = VTEP{} }),
 			peerLease("10.5.13.0-24", 13, func(l *Lease) { l.VTEP.VNI = 2 }),
@@ -142,14 +142,14 @@ func scenes() []scene {
 		{name: "own subnet overlapped", config: v4JSON, leases: []Lease{peerLease("10.5.1.0-24&fd00:5:0:2::-64", 2, func(l *Lease) { l.Created = 1 })}},
 		{name: "own subnet overlapped by a younger one", config: v4JSON, leases: []Lease{peerLease("10.5.1.128-25", 2)}},
 		{name: "own lease lacks IPv6", config: dualJSON, leases: twoDual, self: func(s *Self) { s.Subnets = subnetsOf("10.5.1.0-24") }},
-	}
+	}...)
 }
 
 func TestDesired(t *testing.T) {
 	for _, s := range scenes() {
 		t.Run(s.name, func(t *testing.T) {
 			state, problems := s.desired(t)
-			golden(t, "desired/"+strings.ReplaceAll(s.name, " ", "-"), printProblems(problems)+printState(state))
+			golden(t, "desired/"+strings.ReplaceAll(s.name, " ", "-"), printProblems(problems)+printState(state)+printOutside(state.Outside))
 			if !slices.IsSortedFunc(state.Routes, Route.compare) || !slices.IsSortedFunc(state.FDB, FDB.compare) || !slices.IsSortedFunc(state.Neighs, Neigh.compare) || !slices.IsSortedFunc(state.Nexthops, Nexthop.compare) {
 				t.Error("not normalized")
 			}
@@ -207,9 +207,9 @@ func TestDesiredKeepsProblems(t *testing.T) {
 			t.Errorf("problems %q", problems)
 		}
 	}
-	snap.Config.Backend.Type = "udp"
+	snap.Config.Backend.Type = "ipsec"
 	state, problems := Desired(snap, Self{})
-	if printState(state) != "" || len(problems) != 2 || !strings.Contains(problems[1].Reason, "Backend.Type: udp") {
+	if printState(state) != "" || len(problems) != 2 || !strings.Contains(problems[1].Reason, "Backend.Type: ipsec") {
 		t.Errorf("unsupported backend: %q\n%s", problems, printState(state))
 	}
 }
@@ -229,12 +229,12 @@ func TestPublishedAttrs(t *testing.T) {
 			t.Errorf("%s: what is published and read back differs, so it would be written for ever:\n%+v\n%+v", c.config, a, back)
 		}
 	}
-	udp := config(t, `{"Network":"10.5.0.0/16"}`)
-	if _, err := PublishedAttrs(udp, self); err == nil {
-		t.Error("backend udp publishes something")
+	unknown := config(t, `{"Network":"10.5.0.0/16","Backend":{"Type":"tencent-vpc"}}`)
+	if _, err := PublishedAttrs(unknown, self); err == nil {
+		t.Error("backend tencent-vpc publishes something")
 	}
-	if _, err := PodMTU(udp, self); err == nil {
-		t.Error("backend udp has an MTU")
+	if _, err := PodMTU(unknown, self); err == nil {
+		t.Error("backend tencent-vpc has an MTU")
 	}
 }
 

@@ -22,7 +22,7 @@ func (v Verb) String() string {
 	return [...]string{"?", "add", "change", "delete"}[v]
 }
 
-// Object is one of Link, Addr, Nexthop, Route, Neigh, FDB, Sysctl and Chain.
+// Object is one of Link, Addr, Nexthop, Route, Neigh, FDB, WGPeer, Sysctl and Chain.
 type Object = fmt.Stringer
 
 // Op is one change to the kernel. Before is what Change and Delete find there.
@@ -71,9 +71,12 @@ func Diff(have, want State) (Plan, []Problem) {
 	compareAll(&fresh, &stale, have.Links, want.Links, Link.compare, same)
 	compareAll(&fresh, &stale, have.Chains, want.Chains, Chain.compare, func(h, w Chain) bool { return h.Hash == w.Hash })
 	compareAll(&fresh, &stale, have.Addrs, want.Addrs, Addr.compare, same)
-	compareAll(&fresh, &stale, have.Nexthops, want.Nexthops, Nexthop.compare, same)
+	compareAll(&fresh, &stale, have.WGPeers, want.WGPeers, WGPeer.compare, same)
+	// A nexthop that moves to a VXLAN device takes its routes along at once: the
+	// gateway must be known there before.
 	compareAll(&fresh, &stale, have.Neighs, want.Neighs, Neigh.compare, same)
 	compareAll(&fresh, &stale, have.FDB, want.FDB, FDB.compare, same)
+	compareAll(&fresh, &stale, have.Nexthops, want.Nexthops, Nexthop.compare, same)
 	compareAll(&fresh, &stale, have.Routes, want.Routes, Route.compare, same)
 	slices.Reverse(stale)
 	return append(fresh, stale...), problems
@@ -115,24 +118,43 @@ func compareAll[T Object](fresh, stale *Plan, have, want []T, key func(a, b T) i
 func (a Link) Ours() bool { return a.Alias == Alias }
 
 // Recreate reports whether a link must be deleted and made anew to become w: the
-// kernel cannot change a VXLAN device's VNI, port or GBP flag.
+// kernel cannot change a link's kind, nor a VXLAN device's VNI, port or GBP flag.
 func (a Link) Recreate(w Link) bool {
-	return a.VXLAN.VNI != w.VXLAN.VNI || a.VXLAN.Port != w.VXLAN.Port || a.VXLAN.GBP != w.VXLAN.GBP
+	return a.Kind != w.Kind || a.VXLAN.VNI != w.VXLAN.VNI || a.VXLAN.Port != w.VXLAN.Port || a.VXLAN.GBP != w.VXLAN.GBP
 }
 
 // CheckLinks names the interfaces of others that stand where the backend's own
 // devices have to be. have are those that may be ours or flannel's, ifaces all.
 func CheckLinks(c Config, have []Link, ifaces []Iface) []Problem {
-	v := c.Backend.VXLAN
-	var want []Link
-	for _, f := range c.families() {
-		want = append(want, Link{Name: VXLANLink(f, v.VNI), VXLAN: VXLAN{VNI: v.VNI, Port: v.Port, GBP: v.GBP}})
-	}
+	want := c.ownLinks()
 	out := foreignLinks(have, want)
 	for _, w := range want {
 		if slices.ContainsFunc(ifaces, func(i Iface) bool { return i.Name == w.Name }) &&
 			!slices.ContainsFunc(have, func(h Link) bool { return h.Name == w.Name }) {
-			out = append(out, Problem{Object: "link " + w.Name, Reason: "exists and is not a VXLAN device", Remedy: "remove it (ip link delete " + w.Name + ")"})
+			out = append(out, Problem{Object: "link " + w.Name, Reason: fmt.Sprintf("exists and is not of kind %s", w.Kind), Remedy: "remove it (ip link delete " + w.Name + ")"})
+		}
+	}
+	return out
+}
+
+// ownLinks returns the devices that the configured backend will make.
+func (c Config) ownLinks() []Link {
+	var out []Link
+	for _, f := range c.families() {
+		l := Link{Kind: KindTUN}
+		switch c.Backend.Type {
+		case "vxlan":
+			v := c.Backend.VXLAN
+			l = Link{Name: VXLANLink(f, v.VNI), Kind: KindVXLAN, VXLAN: VXLAN{VNI: v.VNI, Port: v.Port, GBP: v.GBP}}
+		case "udp":
+			l.Name = UDPLink
+		case "ipip":
+			l = Link{Name: IPIPLink, Kind: KindIPIP}
+		default:
+			return nil
+		}
+		if !slices.Contains(out, l) {
+			out = append(out, l)
 		}
 	}
 	return out
@@ -148,6 +170,10 @@ func foreignLinks(have, want []Link) []Problem {
 			continue
 		}
 		h := have[i].VXLAN
+		if have[i].Kind != w.Kind {
+			out = append(out, Problem{Object: "link " + w.Name, Reason: fmt.Sprintf("exists, is not Twill's, and is of kind %s, not %s", have[i].Kind, w.Kind), Remedy: "remove it (ip link delete " + w.Name + ")"})
+			continue
+		}
 		out = append(out, Problem{
 			Object: "link " + w.Name,
 			Reason: fmt.Sprintf("exists, is not Twill's, and has VNI %d, port %d, GBP %t where the configuration says VNI %d, port %d, GBP %t",
@@ -183,6 +209,7 @@ func withoutStrangers(have, want State) State {
 	have.Addrs = without(have.Addrs, func(a Addr) bool { return stranger[a.Link] })
 	have.Neighs = without(have.Neighs, func(n Neigh) bool { return stranger[n.Link] })
 	have.FDB = without(have.FDB, func(f FDB) bool { return stranger[f.Link] })
+	have.WGPeers = without(have.WGPeers, func(p WGPeer) bool { return stranger[p.Link] })
 	return have
 }
 
@@ -200,6 +227,7 @@ func withoutLost(have, want State) State {
 		if h.Recreate(w) {
 			have.Addrs = without(have.Addrs, func(a Addr) bool { return a.Link == w.Name })
 			have.FDB = without(have.FDB, func(f FDB) bool { return f.Link == w.Name })
+			have.WGPeers = without(have.WGPeers, func(p WGPeer) bool { return p.Link == w.Name })
 			gone := map[uint32]bool{}
 			for _, n := range have.Nexthops {
 				if n.Link == w.Name {

@@ -14,8 +14,9 @@ import (
 // when it goes, is made anew or changes its MAC, and refuses what cannot be.
 func applied(have State, plan Plan) (State, error) {
 	s := State{
-		slices.Clone(have.Links), slices.Clone(have.Addrs), slices.Clone(have.Nexthops), slices.Clone(have.Routes),
-		slices.Clone(have.Neighs), slices.Clone(have.FDB), slices.Clone(have.Sysctls), slices.Clone(have.Chains), slices.Clone(have.Foreign),
+		Links: slices.Clone(have.Links), Addrs: slices.Clone(have.Addrs), Nexthops: slices.Clone(have.Nexthops), Routes: slices.Clone(have.Routes),
+		Neighs: slices.Clone(have.Neighs), FDB: slices.Clone(have.FDB), WGPeers: slices.Clone(have.WGPeers), Sysctls: slices.Clone(have.Sysctls),
+		Chains: slices.Clone(have.Chains), Foreign: slices.Clone(have.Foreign),
 	}
 	for _, op := range plan {
 		var err error
@@ -40,6 +41,9 @@ func applied(have State, plan Plan) (State, error) {
 			err = firstError(err, s.needsLink(op, o.Link))
 		case FDB:
 			s.FDB, err = set(s.FDB, op, o, FDB.compare)
+			err = firstError(err, s.needsLink(op, o.Link))
+		case WGPeer:
+			s.WGPeers, err = set(s.WGPeers, op, o, WGPeer.compare)
 			err = firstError(err, s.needsLink(op, o.Link))
 		case Route:
 			err = s.applyRoute(op, o)
@@ -115,6 +119,7 @@ func (s *State) applyLink(op Op, w Link) (err error) {
 func (s *State) drop(link string) {
 	s.Addrs = slices.DeleteFunc(s.Addrs, func(a Addr) bool { return a.Link == link })
 	s.FDB = slices.DeleteFunc(s.FDB, func(f FDB) bool { return f.Link == link })
+	s.WGPeers = slices.DeleteFunc(s.WGPeers, func(p WGPeer) bool { return p.Link == link })
 	s.Routes = slices.DeleteFunc(s.Routes, func(r Route) bool {
 		return r.Link == link || slices.ContainsFunc(s.Nexthops, func(n Nexthop) bool { return n.ID == r.NH && n.Link == link })
 	})
@@ -212,7 +217,7 @@ func checkOrder(t *testing.T, name string, plan Plan) {
 	rank := func(op Op) int {
 		r := map[reflect.Type]int{
 			reflect.TypeFor[Sysctl](): 0, reflect.TypeFor[Link](): 1, reflect.TypeFor[Chain](): 2, reflect.TypeFor[Addr](): 3,
-			reflect.TypeFor[Nexthop](): 4, reflect.TypeFor[Neigh](): 5, reflect.TypeFor[FDB](): 6, reflect.TypeFor[Route](): 7,
+			reflect.TypeFor[WGPeer](): 4, reflect.TypeFor[Neigh](): 5, reflect.TypeFor[FDB](): 6, reflect.TypeFor[Nexthop](): 7, reflect.TypeFor[Route](): 8,
 		}[reflect.TypeOf(op.Object)]
 		if op.Verb == Delete {
 			return 100 - r
@@ -369,7 +374,7 @@ func TestForeignLink(t *testing.T) {
 
 func TestCheckLinks(t *testing.T) {
 	cfg := config(t, dualJSON) // port 4789
-	flannel := Link{Name: "flannel.1", VXLAN: VXLAN{VNI: 1, Port: 4789}}
+	flannel := Link{Name: "flannel.1", Kind: KindVXLAN, VXLAN: VXLAN{VNI: 1, Port: 4789}}
 	for _, c := range []struct {
 		name   string
 		have   []Link
@@ -378,8 +383,8 @@ func TestCheckLinks(t *testing.T) {
 	}{
 		{"nothing is there", nil, []string{"eth0", "flannel.7"}, nil},
 		{"flannel's, to be adopted", []Link{flannel}, []string{"eth0", "flannel.1"}, nil},
-		{"another port", []Link{{Name: "flannel.1", VXLAN: VXLAN{VNI: 1, Port: 8472}}}, []string{"flannel.1"}, []string{"link flannel.1"}},
-		{"ours of another port", []Link{{Name: "flannel.1", Alias: Alias, VXLAN: VXLAN{VNI: 1, Port: 8472}}}, []string{"flannel.1"}, nil},
+		{"another port", []Link{{Name: "flannel.1", Kind: KindVXLAN, VXLAN: VXLAN{VNI: 1, Port: 8472}}}, []string{"flannel.1"}, []string{"link flannel.1"}},
+		{"ours of another port", []Link{{Name: "flannel.1", Alias: Alias, Kind: KindVXLAN, VXLAN: VXLAN{VNI: 1, Port: 8472}}}, []string{"flannel.1"}, nil},
 		{"no VXLAN devices", nil, []string{"flannel.1", "flannel-v6.1"}, []string{"link flannel.1", "link flannel-v6.1"}},
 	} {
 		var ifaces []Iface
@@ -400,7 +405,7 @@ func TestCheckLinks(t *testing.T) {
 func TestLinkOfAnotherVNIIsLeftAlone(t *testing.T) {
 	want := sceneState(t, "all settings")
 	have := State{
-		Links:  []Link{{Name: "flannel.1", Up: true, MTU: 1450, MAC: mac("0e:99:99:99:99:99"), VXLAN: VXLAN{VNI: 1, Port: 8472}}},
+		Links:  []Link{{Name: "flannel.1", Up: true, MTU: 1450, MAC: mac("0e:99:99:99:99:99"), Kind: KindVXLAN, VXLAN: VXLAN{VNI: 1, Port: 8472}}},
 		Addrs:  []Addr{{"flannel.1", pfx("10.9.1.0/32")}},
 		Neighs: []Neigh{{"flannel.1", ip("10.9.2.0"), mac("0e:99:99:99:99:02")}},
 		FDB:    []FDB{{"flannel.1", mac("0e:99:99:99:99:02"), ip("198.51.100.2")}},

@@ -56,9 +56,10 @@ func printState(s State) string {
 		}
 	}
 	printAll(&b, s.Addrs)
-	printAll(&b, s.Nexthops)
+	printAll(&b, s.WGPeers)
 	printAll(&b, s.Neighs)
 	printAll(&b, s.FDB)
+	printAll(&b, s.Nexthops)
 	printAll(&b, s.Routes)
 	for _, r := range s.Foreign {
 		fmt.Fprintln(&b, "foreign", r)

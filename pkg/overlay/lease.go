@@ -1,6 +1,7 @@
 package overlay
 
 import (
+	"cmp"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
@@ -42,6 +43,9 @@ type Attrs struct {
 	Data, DataV6         string     // flannel's BackendData and BackendV6Data: JSON, or empty
 	// VTEP and VTEPv6 are Data and DataV6 of a vxlan lease, decoded.
 	VTEP, VTEPv6 VTEP
+	// WireGuard and WireGuardV6 are those of a wireguard lease.
+	WireGuard, WireGuardV6 WireGuardNode
+	BGP                    BGPNode // Data of a bgp lease
 }
 
 // VTEP is a node's VXLAN tunnel end point (RFC 7348).
@@ -142,16 +146,26 @@ func ParseAttrs(value []byte) (Attrs, error) {
 	if !a.PublicIP.IsValid() && !a.PublicIPv6.IsValid() {
 		return Attrs{}, fmt.Errorf("value has neither PublicIP nor PublicIPv6")
 	}
-	if a.Backend != "vxlan" {
-		return a, nil
-	}
-	if a.VTEP, err = parseVTEP("BackendData", a.Data); err != nil {
-		return Attrs{}, err
-	}
-	if a.VTEPv6, err = parseVTEP("BackendV6Data", a.DataV6); err != nil {
+	if err := a.parseData(); err != nil {
 		return Attrs{}, err
 	}
 	return a, nil
+}
+
+// parseData decodes the backend's data.
+func (a *Attrs) parseData() error {
+	var err4, err6 error
+	switch a.Backend {
+	case "vxlan":
+		a.VTEP, err4 = parseVTEP("BackendData", a.Data)
+		a.VTEPv6, err6 = parseVTEP("BackendV6Data", a.DataV6)
+	case "wireguard":
+		a.WireGuard, err4 = parseWireGuardNode("BackendData", a.Data)
+		a.WireGuardV6, err6 = parseWireGuardNode("BackendV6Data", a.DataV6)
+	case "bgp":
+		a.BGP, err4 = parseBGPNode(a.Data)
+	}
+	return cmp.Or(err4, err6)
 }
 
 // publicIP reads an address that a node can be reached at. flannel writes an

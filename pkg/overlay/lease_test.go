@@ -90,6 +90,7 @@ func TestFlannelValues(t *testing.T) {
 		{"wireguard", `{"PublicIP":"198.51.100.1","PublicIPv6":"2001:db8::1","BackendType":"wireguard","BackendData":{"PublicKey":"yAnz5TF+lXXJte14tji3zlMNq+hd2rYUIgJBgB3fBmk=","Port":51820},"BackendV6Data":{"PublicKey":"yAnz5TF+lXXJte14tji3zlMNq+hd2rYUIgJBgB3fBmk=","Port":51821}}`, Attrs{
 			PublicIP: ip("198.51.100.1"), PublicIPv6: ip("2001:db8::1"), Backend: "wireguard",
 			Data: `{"PublicKey":"yAnz5TF+lXXJte14tji3zlMNq+hd2rYUIgJBgB3fBmk=","Port":51820}`, DataV6: `{"PublicKey":"yAnz5TF+lXXJte14tji3zlMNq+hd2rYUIgJBgB3fBmk=","Port":51821}`,
+			WireGuard: WireGuardNode{wgKey("yAnz5TF+lXXJte14tji3zlMNq+hd2rYUIgJBgB3fBmk="), 51820}, WireGuardV6: WireGuardNode{wgKey("yAnz5TF+lXXJte14tji3zlMNq+hd2rYUIgJBgB3fBmk="), 51821},
 		}},
 		{"udp", `{"PublicIP":"198.51.100.1","PublicIPv6":null}`, Attrs{PublicIP: ip("198.51.100.1")}},
 		{"ipip", `{"PublicIP":"198.51.100.1","PublicIPv6":null,"BackendType":"ipip"}`, Attrs{PublicIP: ip("198.51.100.1"), Backend: "ipip"}},
@@ -212,4 +213,12 @@ func FuzzParseAttrs(f *testing.F) {
 			t.Fatalf("%q is written as %q, then as %q", value, written, again.Value())
 		}
 	})
+}
+
+func wgKey(s string) WGKey {
+	k, err := ParseWGKey(s)
+	if err != nil {
+		panic(err)
+	}
+	return k
 }

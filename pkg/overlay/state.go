@@ -63,10 +63,22 @@ type State struct {
 	FDB      []FDB
 	Sysctls  []Sysctl
 	Chains   []Chain
+	WGPeers  []WGPeer
 
 	// Foreign holds the routes of others whose destination overlaps the pod
 	// networks. Only Observe fills it; Diff never changes one of them.
 	Foreign []Route
+
+	// Outside is what programs of user space carry. Observe and Diff leave it
+	// alone: the daemon hands each part over whole.
+	Outside Outside
+}
+
+// Outside is what the node needs beside its kernel. A nil part is not wanted.
+type Outside struct {
+	UDP       *UDP
+	BGP       *BGP
+	Extension *Extension
 }
 
 // Link is a network device.
@@ -75,8 +87,29 @@ type Link struct {
 	Alias string // "twill" if the link is Twill's; empty: flannel's or a stranger's
 	Up    bool
 	MTU   int
-	MAC   MAC
+	Kind  Kind
+	MAC   MAC // of a VXLAN device
 	VXLAN VXLAN
+	IPIP  IPIP
+	WG    WireGuard
+}
+
+// Kind is the type of a link, in the kernel's words.
+type Kind string
+
+// The kinds of our links. A TUN is made by the program that reads it; with WG set
+// that is a user-space WireGuard, else the UDP tunnel.
+const (
+	KindVXLAN     Kind = "vxlan"
+	KindTUN       Kind = "tun"
+	KindWireGuard Kind = "wireguard"
+	KindIPIP      Kind = "ipip"
+)
+
+// IPIP holds the parameters of an IPIP device (RFC 2003).
+type IPIP struct {
+	Local  netip.Addr
+	Parent string // underlay device
 }
 
 // VXLAN holds the parameters of a VXLAN device (ip-link(8), RFC 7348).
@@ -96,12 +129,16 @@ type Addr struct {
 }
 
 // Nexthop is a nexthop object (ip-nexthop(8)): one per peer and family, so that
-// the kernel need not search all gateways of a device for each route.
+// the kernel need not search all gateways of a device for each route. It leads to
+// Gateway on Link, or into Link as it is, or to one of a Group of others, chosen
+// by a hash of the flow.
 type Nexthop struct {
 	ID      uint32
 	Gateway netip.Addr
 	Link    string
 	OnLink  bool
+	Family  Family // of one that is a Link alone; else 0
+	Group   string // ids in ascending order: "1442840577/1442840578"
 }
 
 // Route is a route of the main table. It leads to a nexthop object (NH), or to
@@ -195,6 +232,7 @@ func (s *State) Normalize() {
 	sortUnlessSorted(s.FDB, FDB.compare)
 	sortUnlessSorted(s.Sysctls, Sysctl.compare)
 	sortUnlessSorted(s.Chains, Chain.compare)
+	sortUnlessSorted(s.WGPeers, WGPeer.compare)
 	sortUnlessSorted(s.Foreign, Route.compare)
 }
 
@@ -245,7 +283,18 @@ func (a Chain) compare(b Chain) int {
 // The String methods print an object as the ip(8) tool and its relatives do.
 
 func (a Link) String() string {
-	s := fmt.Sprintf("link %s mtu %d address %s", a.Name, a.MTU, a.MAC)
+	s := fmt.Sprintf("link %s mtu %d", a.Name, a.MTU)
+	switch a.Kind {
+	case KindTUN, KindWireGuard:
+		s += " " + string(a.Kind)
+	case KindIPIP:
+		s += fmt.Sprintf(" ipip local %s dev %s", a.IPIP.Local, a.IPIP.Parent)
+	case KindVXLAN:
+		s += " address " + a.MAC.String()
+	}
+	if a.WG.Port != 0 {
+		s += fmt.Sprintf(" listen-port %d public-key %s", a.WG.Port, a.WG.Key.Public())
+	}
 	if v := a.VXLAN; v.VNI != 0 {
 		s += fmt.Sprintf(" vxlan id %d dev %s local %s dstport %d", v.VNI, v.Parent, v.Local, v.Port)
 		if !v.Learning {
@@ -267,6 +316,12 @@ func (a Link) String() string {
 func (a Addr) String() string { return fmt.Sprintf("addr %s dev %s", a.Prefix, a.Link) }
 
 func (a Nexthop) String() string {
+	switch {
+	case a.Group != "":
+		return fmt.Sprintf("nexthop id %d group %s", a.ID, a.Group)
+	case !a.Gateway.IsValid():
+		return fmt.Sprintf("nexthop id %d dev %s %s", a.ID, a.Link, a.Family)
+	}
 	return fmt.Sprintf("nexthop id %d via %s dev %s%s", a.ID, a.Gateway, a.Link, onlink(a.OnLink))
 }
 

@@ -68,3 +68,39 @@ type Drift struct {
 	After  string    `json:"after"`  // what it is now: the object, or "absent"
 	Why    string    `json:"why"`    // what rang the bell
 }
+
+// BGPStatus is what the speaker says of itself, for netctl bgp.
+type BGPStatus struct {
+	ASNumber  uint32       `json:"asNumber"`
+	RouterID  netip.Addr   `json:"routerID"`
+	ClusterID netip.Addr   `json:"clusterID"` // of a route reflector
+	Speaker   string       `json:"speaker"`   // gobgp, bird or frr
+	Settled   bool         `json:"settled"`   // every neighbour has told all it knows, or had the time to
+	Sessions  []BGPSession `json:"sessions"`
+	Received  []BGPRoute   `json:"received"`
+	Announced []BGPOwn     `json:"announced"`
+}
+
+// BGPSession is one session as it stands.
+type BGPSession struct {
+	Neighbor    BGPNeighbor   `json:"neighbor"` // its password left out
+	State       string        `json:"state"`    // idle, connect, active, opensent, openconfirm, established (RFC 4271)
+	Since       time.Time     `json:"since"`
+	Uptime      time.Duration `json:"uptimeNanoseconds"`
+	Received    uint64        `json:"received"` // prefixes the neighbour announces
+	Accepted    uint64        `json:"accepted"` // of them accepted by the filters
+	Announced   uint64        `json:"announced"`
+	MessagesIn  uint64        `json:"messagesIn"`
+	MessagesOut uint64        `json:"messagesOut"`
+	Flaps       uint64        `json:"flaps"`
+	Error       string        `json:"error,omitempty"` // why it is not established, in words an operator can act on
+}
+
+// PathMTU is what the probe found of the way to a peer.
+type PathMTU struct {
+	Peer    netip.Addr `json:"peer"`
+	Lease   string     `json:"lease"`
+	Needed  int        `json:"needed"`  // bytes of the largest outer packet
+	Carries int        `json:"carries"` // the largest that was answered; 0: none was, nothing is known
+	At      time.Time  `json:"at"`
+}

@@ -1,6 +1,7 @@
 package overlay
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 )
@@ -28,13 +29,12 @@ func (v *vxlan) link(f Family) string {
 // vxlanOverhead is what is wrapped around a pod's packet, in bytes: outer IP (20
 // or 40), UDP 8, VXLAN 8, inner Ethernet 14.
 func vxlanOverhead(f Family) int {
-	if f == IPv4 {
-		return 20 + 8 + 8 + 14
-	}
-	return 40 + 8 + 8 + 14
+	return outerIP(f) + 8 + 8 + 14
 }
 
-func (v *vxlan) overhead(f Family) int { return vxlanOverhead(f) }
+func (v *vxlan) mtu(self Self, f Family) int {
+	return cmp.Or(v.MTU, self.Uplink.MTU) - vxlanOverhead(f)
+}
 
 // VXLANLink returns the name of the VXLAN device of a family.
 func VXLANLink(f Family, vni uint32) string {
@@ -45,13 +45,13 @@ func VXLANLink(f Family, vni uint32) string {
 }
 
 func (v *vxlan) attrs(c Config, self Self) Attrs {
-	a := Attrs{Backend: "vxlan"}
+	a := public(c, self, "vxlan")
 	for _, f := range c.families() {
 		vtep := VTEP{VNI: v.VNI, MAC: self.mac(f)}
 		if f == IPv4 {
-			a.PublicIP, a.VTEP, a.Data = self.PublicIP, vtep, vtep.data()
+			a.VTEP, a.Data = vtep, vtep.data()
 		} else {
-			a.PublicIPv6, a.VTEPv6, a.DataV6 = self.PublicV6, vtep, vtep.data()
+			a.VTEPv6, a.DataV6 = vtep, vtep.data()
 		}
 	}
 	return a
@@ -74,14 +74,9 @@ func (a *Attrs) vtep(f Family) VTEP {
 func (v *vxlan) own(d *draft) {
 	for _, f := range d.families {
 		name := v.link(f)
-		mtu := underlayMTU(d.cfg, d.self) - vxlanOverhead(f)
-		if least := leastMTU(f); mtu < least {
-			d.problem("link "+name, "raise the MTU of the uplink or Backend.MTU", "%d bytes are left for a packet of a pod, %s needs %d; outer packets will be fragmented", mtu, f, least)
-			mtu = least
-		}
 		d.state.Links = append(d.state.Links, Link{
-			Name: name, Alias: Alias, Up: true, MAC: d.self.mac(f),
-			MTU: mtu,
+			Name: name, Alias: Alias, Up: true, Kind: KindVXLAN, MAC: d.self.mac(f),
+			MTU: d.linkMTU(name, v, f),
 			VXLAN: VXLAN{
 				VNI: v.VNI, Port: v.Port, Local: d.self.Uplink.addr(f), Parent: d.self.Uplink.Name,
 				GBP: v.GBP, Learning: v.Learning,
@@ -95,8 +90,6 @@ func (v *vxlan) own(d *draft) {
 func (v *vxlan) peer(d *draft, l *Lease, f Family) error {
 	subnet, public, vtep := l.Subnet(f), l.Public(f), l.vtep(f)
 	switch {
-	case l.Backend != "vxlan":
-		return fmt.Errorf("its backend is %q, ours is vxlan", l.Backend)
 	case v.DirectRouting && d.self.onLink(public):
 		d.route(subnet, public, d.self.Uplink.Name, false)
 		return nil

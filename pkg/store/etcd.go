@@ -63,7 +63,7 @@ func (e *Etcd) Status() overlay.StoreStatus { return e.health.get() }
 // error.
 func (e *Etcd) Snapshot(ctx context.Context, running overlay.Config) (*overlay.Snapshot, error) {
 	f := newFold(e.cfg.Prefix)
-	f.config.good, f.config.have = running, running != overlay.Config{}
+	f.config.good, f.config.have = running, !running.Equal(overlay.Config{})
 	l, _, err := e.list(ctx)
 	if err != nil {
 		if ctx.Err() == nil {

@@ -79,7 +79,7 @@ func TestBadContents(t *testing.T) {
 		func() int64 { return r.del(t, "config") },
 	} {
 		s = f.reach(t, spoil())
-		if s.Config != good || len(s.Problems) != 1 || s.Problems[0].Object != "config" || s.Problems[0].Remedy == "" {
+		if !s.Config.Equal(good) || len(s.Problems) != 1 || s.Problems[0].Object != "config" || s.Problems[0].Remedy == "" {
 			t.Errorf("after spoiling: %s", describe(s))
 		}
 		// netctl, which was not there before, borrows the daemon's.

@@ -54,7 +54,7 @@ func Cleanup(ctx context.Context, cfg Config, out io.Writer, log *slog.Logger) e
 	case ports > 0:
 		fmt.Fprintf(out, "link %s stays: %d pods hang on it\n", overlay.Bridge, ports)
 	}
-	for _, file := range []string{cfg.SubnetFile, cfg.HandoffFile(), cfg.Socket} {
+	for _, file := range []string{cfg.SubnetFile, cfg.HandoffFile(), formerFile(cfg.SubnetFile), cfg.Socket} {
 		switch err := os.Remove(file); {
 		case err == nil:
 			fmt.Fprintln(out, "file delete", file)
@@ -83,6 +83,6 @@ func ours(s overlay.State) overlay.State {
 	s.Chains = slices.DeleteFunc(s.Chains, func(c overlay.Chain) bool {
 		return c.Table != overlay.NftTable && !strings.HasPrefix(c.Name, "TWILL-")
 	})
-	s.Sysctls = nil
+	s.Sysctls, s.WGPeers = nil, nil // the peers go with their device
 	return s
 }

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/twill-net/twill/pkg/overlay"
+	"github.com/twill-net/twill/pkg/speaker/router"
 	"github.com/twill-net/twill/pkg/store"
 )
 
@@ -25,6 +26,11 @@ type Config struct {
 	Uplink     overlay.UplinkRules // without the families, which the network configuration sets
 	PublicIP   netip.Addr          // override; zero: the uplink's
 	PublicIPv6 netip.Addr
+
+	BGP    overlay.BGPOptions
+	Router router.Options // of an external router; Kind is empty if twilld speaks BGP itself
+
+	WireGuardKey string // file with the node's private key
 
 	SubnetFile string // subnet.env
 	Socket     string // local API
@@ -72,6 +78,9 @@ func ParseConfig(args []string, getenv func(string) string, stderr io.Writer) (C
 	}
 	if err := f.fromEnv(getenv); err != nil {
 		return Config{}, err
+	}
+	if file := getenv("WIREGUARD_KEY_FILE"); file != "" { // flannel's name of it
+		f.c.WireGuardKey = file
 	}
 	return f.config()
 }
@@ -177,10 +186,39 @@ func (f *flags) config() (Config, error) {
 	}
 	c.LogJSON = f.logFormat == "json"
 	c.RandomFully = !f.noRandomFully
+	f.bgp(&c, &bad)
 	if c.Socket == "" {
 		c.Socket = filepath.Join(filepath.Dir(c.SubnetFile), "twilld.sock")
 	}
 	return c, errors.Join(bad...)
+}
+
+// bgp validates the flags of backend bgp.
+func (f *flags) bgp(c *Config, bad *badFlags) {
+	if f.asNumber > 1<<32-1 {
+		bad.add("bgp-as-number", f.asNumber, "must be 1..4294967295, or 0 for the configuration's")
+	}
+	c.BGP.ASNumber = uint32(f.asNumber)
+	switch id, err := netip.ParseAddr(f.clusterID); {
+	case f.reflector && f.clusterID == "":
+		bad.add("bgp-route-reflector", true, "needs --bgp-cluster-id, the same on all reflectors that serve the same nodes, like 192.0.2.1")
+	case !f.reflector && f.clusterID != "":
+		bad.add("bgp-cluster-id", f.clusterID, "has a meaning only with --bgp-route-reflector")
+	case f.reflector && (err != nil || !id.Is4() || id.IsUnspecified()):
+		bad.add("bgp-cluster-id", f.clusterID, "must be four numbers like 192.0.2.1")
+	case f.reflector:
+		c.BGP.ClusterID = id
+	}
+	switch c.Router.Kind {
+	case "":
+		if c.Router.Config != "" || c.Router.Templates != "" {
+			bad.add("bgp-router", `""`, "must be bird or frr if --bgp-router-config or --bgp-router-templates is given")
+		}
+	case "bird", "frr":
+		c.BGP.External = true
+	default:
+		bad.add("bgp-router", c.Router.Kind, "must be bird or frr, or left out: then twilld speaks BGP itself")
+	}
 }
 
 // minResync bounds how often the whole kernel state is read without a reason.

@@ -38,6 +38,7 @@ func TestConfigDefaults(t *testing.T) {
 	want := Config{
 		SubnetFile: "/run/flannel/subnet.env", Socket: "/run/flannel/twilld.sock",
 		RandomFully: true, ForwardRules: true, RenewMargin: time.Hour, Resync: 30 * time.Second,
+		WireGuardKey: "/run/flannel/wgkey",
 	}
 	want.Etcd.Endpoints = []string{"http://127.0.0.1:4001", "http://127.0.0.1:2379"}
 	want.Etcd.Prefix = "/coreos.com/network"
@@ -121,6 +122,14 @@ func TestConfigErrors(t *testing.T) {
 		{"--iface-skip=[", "", "--iface-skip: [: must be a shell pattern like eth*"},
 		{"--log-level=loud", "", "--log-level: loud: must be debug, info, warn or error"},
 		{"--log-format=xml", "", "--log-format: xml: must be text or json"},
+		{"--bgp-as-number=4294967296", "", "--bgp-as-number: 4294967296: must be 1..4294967295, or 0 for the configuration's"},
+		{"--bgp-as-number=-1", "", `invalid value "-1" for flag -bgp-as-number: parse error; see twilld --help`},
+		{"--bgp-route-reflector", "", "--bgp-route-reflector: true: needs --bgp-cluster-id, the same on all reflectors that serve the same nodes, like 192.0.2.1"},
+		{"--bgp-route-reflector --bgp-cluster-id=one", "", "--bgp-cluster-id: one: must be four numbers like 192.0.2.1"},
+		{"--bgp-route-reflector --bgp-cluster-id=0.0.0.0", "", "--bgp-cluster-id: 0.0.0.0: must be four numbers like 192.0.2.1"},
+		{"--bgp-cluster-id=192.0.2.1", "", "--bgp-cluster-id: 192.0.2.1: has a meaning only with --bgp-route-reflector"},
+		{"--bgp-router=quagga", "", "--bgp-router: quagga: must be bird or frr, or left out: then twilld speaks BGP itself"},
+		{"--bgp-router-config=/x", "", `--bgp-router: "": must be bird or frr if --bgp-router-config or --bgp-router-templates is given`},
 	} {
 		var out bytes.Buffer
 		_, err := ParseConfig(strings.Fields(x.args), env(x.env), &out)

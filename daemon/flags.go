@@ -20,6 +20,9 @@ type flags struct {
 	healthPort, resync, verbosity  int
 	noRandomFully, kubeSubnetMgr   bool
 	logLevel, logFormat            string
+	asNumber                       uint64
+	reflector                      bool
+	clusterID                      string
 }
 
 // list is a flag that may be given several times.
@@ -74,6 +77,14 @@ func newFlags() *flags {
 	s.BoolVar(&c.ForwardRules, "iptables-forward-rules", true, "accept forwarded pod traffic in the filter table")
 	s.IntVar(&f.resync, "iptables-resync", 5, "flannel's resync `seconds`; Twill is woken by changes and reads everything again every 30 s or this long, whichever is longer")
 	s.BoolVar(&c.Blackhole, "ip-blackhole-route", false, "drop packets to pods of this node that do not exist")
+
+	s.Uint64Var(&f.asNumber, "bgp-as-number", 0, "this node's AS `number`, if it is not the configuration's")
+	s.BoolVar(&f.reflector, "bgp-route-reflector", false, "this node reflects routes (RFC 4456)")
+	s.StringVar(&f.clusterID, "bgp-cluster-id", "", "cluster `id` of a route reflector, like 192.0.2.1")
+	s.StringVar(&c.Router.Kind, "bgp-router", "", "`router` that speaks BGP in twilld's place, configured by it: bird or frr")
+	s.StringVar(&c.Router.Config, "bgp-router-config", "", "`file` to write that router's configuration to")
+	s.StringVar(&c.Router.Templates, "bgp-router-templates", "", "`directory` with templates that override the built-in ones: bird.conf.tmpl, frr.conf.tmpl")
+	s.StringVar(&c.WireGuardKey, "wireguard-key-file", "/run/flannel/wgkey", "`file` with this node's private key of backend wireguard; made if absent")
 
 	s.StringVar(&f.healthIP, "healthz-ip", "0.0.0.0", "`address` of /healthz, /readyz and /metrics")
 	s.IntVar(&f.healthPort, "healthz-port", 0, "`port` of /healthz, /readyz and /metrics; 0 is off")

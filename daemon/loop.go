@@ -13,6 +13,7 @@ import (
 
 	"github.com/twill-net/twill/pkg/kernel"
 	"github.com/twill-net/twill/pkg/overlay"
+	"github.com/twill-net/twill/pkg/wgtun"
 )
 
 // loop is the one goroutine that writes to the kernel.
@@ -23,13 +24,16 @@ import (
 // more peer among 10,000 costs one peer's messages.
 type loop struct {
 	*Daemon
-	node node
+	node    node
+	outside []outside
+	former  former
 
 	running overlay.Config    // in force; zero before the first good one
 	seen    *overlay.Snapshot // the last one taken from the store
 	snap    *overlay.Snapshot // the same with the running config
 	desired *overlay.Snapshot // the one want was computed for
 	self    overlay.Self      // the one want was computed for
+	attrs   overlay.Attrs     // what the lease is to say once want is in the kernel
 	want    *overlay.State    // never changed once set
 	found   []overlay.Problem // by Desired, with want
 	clashes []overlay.Problem // with what others have in the kernel, at the last full pass
@@ -50,7 +54,7 @@ const (
 )
 
 func (d *Daemon) reconcile(ctx context.Context) error {
-	l := &loop{Daemon: d, node: node{Daemon: d}}
+	l := d.newLoop()
 	d.storeBell.ring("start") // so that it is said at once what is waited for
 	kernelBell := d.kernelBell
 	var rested <-chan time.Time
@@ -78,6 +82,14 @@ func (d *Daemon) reconcile(ctx context.Context) error {
 		if full || l.retry > 0 {
 			timer.Reset(l.pause())
 		}
+	}
+}
+
+func (d *Daemon) newLoop() *loop {
+	return &loop{
+		Daemon: d, node: node{Daemon: d},
+		former:  former{file: formerFile(d.cfg.SubnetFile)},
+		outside: []outside{&wireGuards{Daemon: d, devices: map[string]*wgtun.Device{}}},
 	}
 }
 
@@ -146,6 +158,7 @@ func (l *loop) pass(ctx context.Context, why string, full bool) (changes int, fa
 	if err := l.learn(ctx, full); err != nil {
 		return 0, nil, err
 	}
+	failures = l.prepare(ctx)
 	have := l.applied
 	if full {
 		state, err := l.kernel.Observe(ctx, kernel.ScopeOf(l.running, *l.want, l.self.Uplink))
@@ -176,11 +189,24 @@ func (l *loop) pass(ctx context.Context, why string, full bool) (changes int, fa
 	if l.blocked(refused) {
 		return 0, nil, errors.New(refused[0].String())
 	}
-	if len(failures) == 0 {
-		l.applied = l.want
-		err = l.handOff()
+	if len(failures) > 0 {
+		return len(plan), failures, nil
 	}
-	return len(plan), failures, err
+	for _, o := range l.outside {
+		o.retire(ctx, l.want)
+	}
+	l.applied = l.want
+	l.publish()
+	return len(plan), nil, errors.Join(l.handOff(), l.former.save(l.running.Backend))
+}
+
+// publish asks the keeper to lease what the node is. Before a node says that it is
+// reached in another way, it must be: so this comes last.
+func (l *loop) publish() {
+	if c := l.claim.Load(); c == nil || !c.config.Equal(l.running) || c.attrs != l.attrs {
+		l.claim.Store(&claim{l.running, l.attrs})
+		l.keeperBell.ring("claim")
+	}
 }
 
 // blocked reports whether a problem keeps our own link from being made.
@@ -202,7 +228,7 @@ func (l *loop) learn(ctx context.Context, full bool) error {
 	if snap == nil {
 		return waitError{l.storeError()}
 	}
-	if err := l.takeUp(snap); err != nil {
+	if err := l.takeUp(ctx, snap); err != nil {
 		return waitError{err}
 	}
 	if full || !l.node.known {
@@ -210,30 +236,32 @@ func (l *loop) learn(ctx context.Context, full bool) error {
 			return waitError{err}
 		}
 	}
-	self := l.node.self
-	attrs, err := overlay.PublishedAttrs(l.running, self)
-	if err != nil {
-		return err
+	if err := l.node.equip(ctx, l.running.Backend); err != nil {
+		return waitError{err}
 	}
-	if c := l.claim.Load(); c == nil || !c.config.Equal(l.running) || c.attrs != attrs {
-		l.claim.Store(&claim{l.running, attrs})
-		l.keeperBell.ring("claim")
+	self := l.node.self
+	var err error
+	if l.attrs, err = overlay.PublishedAttrs(l.running, self); err != nil {
+		return err
 	}
 	held := l.held.Load()
 	if held == nil {
+		l.publish()
 		return waitError{l.leaseError()}
 	}
 	self.Subnets = *held
+	l.former.expire(l.snap.Leases, *held, time.Now())
+	self.Former = l.former.backends()
 	l.desire(self)
 	return nil
 }
 
 // takeUp puts a new Snapshot in force.
-func (l *loop) takeUp(snap *overlay.Snapshot) error {
+func (l *loop) takeUp(ctx context.Context, snap *overlay.Snapshot) error {
 	if snap == l.seen {
 		return nil
 	}
-	accepted, err := l.accept(snap)
+	accepted, err := l.accept(ctx, snap)
 	if err != nil {
 		return err
 	}
@@ -243,7 +271,7 @@ func (l *loop) takeUp(snap *overlay.Snapshot) error {
 
 // accept decides on the config of a Snapshot. One that running pods would not
 // survive is refused: the running one stays.
-func (l *loop) accept(snap *overlay.Snapshot) (*overlay.Snapshot, error) {
+func (l *loop) accept(ctx context.Context, snap *overlay.Snapshot) (*overlay.Snapshot, error) {
 	held := l.held.Load()
 	if held == nil {
 		// No pod stands on what was read before: what is corrected now counts.
@@ -252,12 +280,17 @@ func (l *loop) accept(snap *overlay.Snapshot) (*overlay.Snapshot, error) {
 		}
 		if !l.running.Equal(snap.Config) {
 			l.running, l.node.known = snap.Config, false
+			l.former.load(snap.Config.Backend, time.Now())
 		}
 	}
 	if snap.Config.Equal(l.running) {
 		return snap, nil
 	}
-	if err := l.running.CheckTransition(snap.Config, *held); err != nil {
+	err := l.running.CheckTransition(snap.Config, *held, snap.Leases)
+	if err == nil && !slices.Equal(l.running.Networks(), snap.Config.Networks()) {
+		err = l.node.fits(ctx, snap.Config, *held, snap.Leases)
+	}
+	if err != nil {
 		refused := *snap
 		refused.Config = l.running
 		refused.Problems = append(refused.Problems[:len(refused.Problems):len(refused.Problems)], overlay.Problem{
@@ -265,7 +298,8 @@ func (l *loop) accept(snap *overlay.Snapshot) (*overlay.Snapshot, error) {
 		})
 		return &refused, nil
 	}
-	l.log.Info("network configuration changed")
+	l.log.Info("network configuration changed", "backend", snap.Config.Backend.Type, "networks", snap.Config.Networks())
+	l.former.add(l.running.Backend, snap.Config.Backend, time.Now())
 	l.running = snap.Config
 	return snap, nil
 }

@@ -92,11 +92,13 @@ func config(t *testing.T, s string) overlay.Config {
 }
 
 const (
-	v4     = `{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}`
-	wider  = `{"Network":"10.4.0.0/15","Backend":{"Type":"vxlan"}}`
-	mtu    = `{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan","MTU":1400}}`
-	hostGW = `{"Network":"10.5.0.0/16","Backend":{"Type":"host-gw"}}`
-	v6Only = `{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{"Type":"vxlan"}}`
+	v4      = `{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}`
+	wider   = `{"Network":"10.4.0.0/15","Backend":{"Type":"vxlan"}}`
+	mtu     = `{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan","MTU":1400}}`
+	other   = `{"Network":"10.6.0.0/16","Backend":{"Type":"vxlan"}}`
+	tencent = `{"Network":"10.5.0.0/16","Backend":{"Type":"tencent-vpc"}}`
+	hostGW  = `{"Network":"10.5.0.0/16","Backend":{"Type":"host-gw"}}`
+	v6Only  = `{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{"Type":"vxlan"}}`
 )
 
 // TestTakeUp walks through configurations, before there is a lease and after.
@@ -107,7 +109,7 @@ func TestTakeUp(t *testing.T) {
 	step := func(stored, running, problem, failure string) {
 		t.Helper()
 		snap := &overlay.Snapshot{Config: config(t, stored)}
-		err := l.takeUp(snap)
+		err := l.takeUp(t.Context(), snap)
 		if failure != "" {
 			if err == nil || !strings.Contains(err.Error(), failure) {
 				t.Errorf("%s: %v, want %s", stored, err, failure)
@@ -125,11 +127,11 @@ func TestTakeUp(t *testing.T) {
 			t.Errorf("%s: problems %q, want %q", stored, problems, problem)
 		}
 		was := l.snap
-		if err := l.takeUp(snap); err != nil || l.snap != was {
+		if err := l.takeUp(t.Context(), snap); err != nil || l.snap != was {
 			t.Errorf("%s: the same Snapshot twice makes another", stored)
 		}
 	}
-	step(hostGW, "", "", "Backend.Type: host-gw: this version of Twill carries packets by vxlan alone")
+	step(tencent, "", "", "Backend.Type: tencent-vpc: Twill has no such backend")
 	step(v6Only, "", "", "EnableIPv4: false: leases in etcd are named by their IPv4 subnet")
 	step(v4, v4, "", "")
 	l.node.known = true
@@ -139,12 +141,22 @@ func TestTakeUp(t *testing.T) {
 	}
 	step(v4, v4, "", "")
 	l.held.Store(&overlay.Subnets{V4: subnets.V4})
-	step(wider, v4, "config: the stored configuration is not taken up: network changes from 10.5.0.0/16 to 10.4.0.0/15", "")
-	step(hostGW, v4, "config: the stored configuration is not taken up: Backend.Type: host-gw", "")
 	step(v6Only, v4, "not taken up", "")
+	step(other, v4, "config: the stored configuration is not taken up: this node's lease does not fit", "")
+	step(tencent, v4, "config: the stored configuration is not taken up: Backend.Type: tencent-vpc", "")
+	if len(l.former.all) != 0 {
+		t.Error("a configuration that was refused is remembered")
+	}
+	step(hostGW, hostGW, "", "")
+	if got := l.former.backends(); len(got) != 1 || got[0].Type != "vxlan" {
+		t.Errorf("after the move to host-gw the node accepts %+v too, want vxlan", got)
+	}
 	step(v4, v4, "", "")
+	if len(l.former.all) != 0 {
+		t.Errorf("after the move back the node accepts %+v too", l.former.all)
+	}
 	step(mtu, mtu, "", "")
-	if strings.Count(log.String(), "network configuration changed") != 1 {
+	if strings.Count(log.String(), "network configuration changed") != 3 {
 		t.Errorf("log:\n%s", log.String())
 	}
 }

@@ -8,6 +8,7 @@ import (
 
 	"github.com/twill-net/twill/pkg/kernel"
 	"github.com/twill-net/twill/pkg/overlay"
+	"github.com/twill-net/twill/pkg/wgtun"
 )
 
 // node finds out what this node is: its uplink, addresses and VTEPs. It follows
@@ -17,13 +18,18 @@ type node struct {
 	self    overlay.Self
 	known   bool
 	problem string // why the uplink as it was is still used
+
+	// What lease and kernel said at the start: a VTEP that both agree on is kept.
+	leased overlay.Attrs
+	links  []overlay.Link
+	vni    uint32 // that the VTEPs are for
 }
 
 // identify looks at the interfaces. Once the node is known, an uplink that is
 // gone for a while changes nothing.
 func (n *node) identify(ctx context.Context, cfg overlay.Config, leases []*overlay.Lease) error {
 	rules := n.cfg.Uplink
-	rules.IPv4, rules.IPv6 = cfg.V4.Enabled(), cfg.V6.Enabled()
+	rules.IPv4, rules.IPv6 = cfg.Underlay(overlay.IPv4), cfg.Underlay(overlay.IPv6)
 	var targets []netip.Addr
 	if rules.CanReach.IsValid() {
 		targets = append(targets, rules.CanReach)
@@ -82,26 +88,62 @@ func (n *node) meet(ctx context.Context, cfg overlay.Config, leases []*overlay.L
 	if len(problems) > 0 {
 		return fmt.Errorf("%s", problems[0])
 	}
-	vni := cfg.Backend.VXLAN.VNI
-	n.self.MAC = n.vtep(overlay.VXLANLink(overlay.IPv4, vni), lease.VTEP.MAC, have.Links)
-	n.self.MACv6 = n.vtep(overlay.VXLANLink(overlay.IPv6, vni), lease.VTEPv6.MAC, have.Links)
+	n.leased, n.links = lease.Attrs, have.Links
 	n.self.Options = overlay.Options{
 		IPMasq:         n.cfg.IPMasq,
 		RandomFully:    n.cfg.RandomFully && n.kernel.HasRandomFully(overlay.IPv4, cfg.Tool()),
 		ForwardRules:   n.cfg.ForwardRules,
 		BlackholeRoute: n.cfg.Blackhole,
 		Nexthops:       n.kernel.HasNexthops(),
+
+		WireGuardInUserSpace: !n.kernel.HasWireGuard(),
+		BGP:                  n.cfg.BGP,
 	}
 	n.known = true
 	n.log.Info("uplink chosen", "name", n.self.Uplink.Name, "why", n.self.Uplink.Why, "IPv4", n.self.PublicIP, "IPv6", n.self.PublicV6, "MTU", n.self.Uplink.MTU)
 	return nil
 }
 
+// equip gets what a backend needs beside the uplink: it is kept for the life of
+// the process.
+func (n *node) equip(ctx context.Context, b overlay.BackendConfig) error {
+	switch b.Type {
+	case "vxlan":
+		if n.vni != b.VXLAN.VNI {
+			n.vni = b.VXLAN.VNI
+			n.self.MAC = n.vtep(overlay.VXLANLink(overlay.IPv4, n.vni), n.leased.VTEP.MAC)
+			n.self.MACv6 = n.vtep(overlay.VXLANLink(overlay.IPv6, n.vni), n.leased.VTEPv6.MAC)
+		}
+	case "wireguard":
+		if n.self.WGKey != (overlay.WGKey{}) {
+			return nil
+		}
+		key, err := wgtun.Key(n.cfg.WireGuardKey)
+		if err != nil {
+			return fmt.Errorf("the node's WireGuard key: %w", err)
+		}
+		n.self.WGKey = key
+	}
+	return nil
+}
+
+// fits refuses a new network that this host already uses.
+func (n *node) fits(ctx context.Context, next overlay.Config, own overlay.Subnets, leases []*overlay.Lease) error {
+	have, err := n.kernel.Observe(ctx, kernel.Scope{Networks: next.Networks(), Uplink: n.self.Uplink.Name})
+	if err != nil {
+		return fmt.Errorf("read the kernel's state: %w", err)
+	}
+	if p := overlay.CheckOverlap(next, own, leases, have.Foreign); len(p) > 0 {
+		return fmt.Errorf("%s", p[0])
+	}
+	return nil
+}
+
 // vtep returns the MAC of a VTEP: the device's, if the lease says the same (so a
 // restart, also of flannel's, changes nothing), else the derived one.
-func (n *node) vtep(device string, leased overlay.MAC, links []overlay.Link) overlay.MAC {
-	i := slices.IndexFunc(links, func(l overlay.Link) bool { return l.Name == device })
-	if i >= 0 && leased != (overlay.MAC{}) && links[i].MAC == leased {
+func (n *node) vtep(device string, leased overlay.MAC) overlay.MAC {
+	i := slices.IndexFunc(n.links, func(l overlay.Link) bool { return l.Name == device })
+	if i >= 0 && leased != (overlay.MAC{}) && n.links[i].MAC == leased {
 		return leased
 	}
 	return overlay.DeriveMAC(n.self.Uplink, device)

@@ -81,7 +81,7 @@ func (l *loop) handOff() error {
 		if err := os.MkdirAll(filepath.Dir(l.cfg.SubnetFile), 0o755); err != nil {
 			return fmt.Errorf("write %s: %w", l.cfg.SubnetFile, err)
 		}
-		if err := pod.ReplaceFile(l.cfg.SubnetFile, env); err != nil {
+		if err := pod.ReplaceFile(l.cfg.SubnetFile, env, 0o644); err != nil {
 			return fmt.Errorf("write %s: %w", l.cfg.SubnetFile, err)
 		}
 	}

@@ -32,6 +32,19 @@ func (c Config) Pool(f Family) Pool {
 	return c.V6
 }
 
+// Underlay reports whether outer packets of a family are sent.
+func (c Config) Underlay(f Family) bool {
+	if c.Backend.Type == "wireguard" {
+		switch c.Backend.WireGuard.Mode {
+		case "ipv4":
+			return f == IPv4
+		case "ipv6":
+			return f == IPv6
+		}
+	}
+	return c.Pool(f).Enabled()
+}
+
 // Networks returns the cluster's pod networks, IPv4 first.
 func (c Config) Networks() []netip.Prefix {
 	return Subnets{V4: c.V4.Network, V6: c.V6.Network}.All()

@@ -186,6 +186,7 @@ func TestLeastMTU(t *testing.T) {
 func TestCheckTransition(t *testing.T) {
 	c := config(t, v4JSON)
 	own := subnetsOf("10.5.7.0-24")
+	peer, odd := peerLease("10.5.200.0-24", 2), peerLease("10.9.0.0-24", 3)
 	for _, x := range []struct{ next, want string }{
 		{v4JSON, ""},
 		{`{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan","VNI":9}}`, ""},
@@ -193,12 +194,14 @@ func TestCheckTransition(t *testing.T) {
 		{`{"Network":"10.5.0.0/16","SubnetMax":"10.5.6.0","Backend":{"Type":"vxlan"}}`, "does not fit"},
 		{`{"Network":"10.5.0.0/16","SubnetMin":"10.5.8.0","Backend":{"Type":"vxlan"}}`, "does not fit"},
 		{`{"Network":"10.5.0.0/16","SubnetLen":25,"Backend":{"Type":"vxlan"}}`, "prefix length 25"},
-		{`{"Network":"10.5.0.0/17","Backend":{"Type":"vxlan"}}`, "network changes from 10.5.0.0/16 to 10.5.0.0/17"},
+		{`{"Network":"10.5.0.0/17","Backend":{"Type":"vxlan"}}`, "network shrinks from 10.5.0.0/16 to 10.5.0.0/17 under the live lease 10.5.200.0-24 of 198.51.100.2"},
+		{`{"Network":"10.4.0.0/15","Backend":{"Type":"vxlan"}}`, ""},
+		{`{"Network":"10.5.0.0/16","Backend":{"Type":"host-gw"}}`, ""},
 		{`{"Network":"10.6.0.0/16","Backend":{"Type":"vxlan"}}`, "does not fit"},
 		{`{"Network":"10.5.0.0/16","Backend":{"Type":"tencent-vpc"}}`, "Backend.Type: tencent-vpc"},
 		{dualJSON, "no subnet of network fd00:5::/48"},
 	} {
-		err := c.CheckTransition(config(t, x.next), own)
+		err := c.CheckTransition(config(t, x.next), own, []*Lease{&peer, &odd})
 		if x.want == "" && err != nil || x.want != "" && (err == nil || !strings.Contains(err.Error(), x.want)) {
 			t.Errorf("%s: %v, want %q", x.next, err, x.want)
 		}
@@ -251,7 +254,7 @@ func checkPool(t *testing.T, p Pool, pick int) {
 		if err := p.Check(s); err != nil {
 			t.Fatalf("free subnet %s: %v", s, err)
 		}
-		if n, ok := p.index(s); ok && seen[n] {
+		if n, ok := p.number(s); ok && seen[n] {
 			t.Fatalf("index %d of %s is given twice", n, s)
 		} else if ok {
 			seen[n] = true

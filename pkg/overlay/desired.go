@@ -87,6 +87,9 @@ func (b BackendConfig) Coexists(o BackendConfig) bool {
 	return b.Type == "vxlan" && b.VXLAN.VNI != o.VXLAN.VNI
 }
 
+// Bare reports whether a node needs nothing of its own to receive packets by b.
+func (b BackendConfig) Bare() bool { return b.Type == "host-gw" || b.Type == "alloc" }
+
 // Carries reports whether a peer with that lease is sent to by b.
 func (b BackendConfig) Carries(l *Lease) bool {
 	switch b.Type {
@@ -100,16 +103,22 @@ func (b BackendConfig) Carries(l *Lease) bool {
 }
 
 // CheckTransition says why a running node that holds n cannot take up the
-// configuration next, or nil.
-func (c Config) CheckTransition(next Config, n Subnets) error {
+// configuration next, or nil. The network may grow, and shrink to what holds all
+// leases.
+func (c Config) CheckTransition(next Config, n Subnets, leases []*Lease) error {
 	if err := next.CheckBackend(); err != nil {
 		return err
 	}
 	if err := next.Check(n); err != nil {
 		return fmt.Errorf("this node's lease does not fit: %w; move the pods away and restart twilld", err)
 	}
-	if c.Networks() != nil && !slices.Equal(c.Networks(), next.Networks()) {
-		return fmt.Errorf("network changes from %s to %s under running pods; restart twilld to take it up", joined(c.Networks()), joined(next.Networks()))
+	for _, l := range leases {
+		for _, f := range next.families() {
+			s, had, has := l.Subnet(f), c.Pool(f).Network, next.Pool(f).Network
+			if s.IsValid() && had.IsValid() && had.Contains(s.Addr()) && !has.Contains(s.Addr()) {
+				return fmt.Errorf("network shrinks from %s to %s under the live lease %s; delete the lease or choose a network that holds it", had, has, l.holder())
+			}
+		}
 	}
 	return nil
 }
@@ -401,7 +410,7 @@ func (d *draft) reasonable(l *Lease, f Family, nodes []netip.Addr) error {
 	switch {
 	case !subnet.IsValid():
 		return fmt.Errorf("it has no %s subnet", f)
-	case !l.Public(f).IsValid():
+	case !l.Public(f).IsValid() && l.Backend != "wireguard": // which may go over the other family
 		return fmt.Errorf("it publishes no %s address", f)
 	case subnet.Bits() <= network.Bits():
 		return fmt.Errorf("its subnet is as wide as the whole network %s", network)
@@ -465,13 +474,13 @@ func (d *draft) route(dst netip.Prefix, gateway netip.Addr, link string, onlink 
 	d.state.Routes = append(d.state.Routes, r)
 }
 
-// nexthopID numbers the nexthop object of a peer by the number of its subnet in
-// the pool, behind 0x54 (84, IPv4) or 0x55 (IPv6): two peers never share one.
+// nexthopID numbers the nexthop object of a peer by the number of its subnet,
+// behind 0x54 (84, IPv4) or 0x55 (IPv6): two peers never share one.
 func (d *draft) nexthopID(dst netip.Prefix) (uint32, bool) {
 	f := FamilyOf(dst.Addr())
 	pool := d.pool(f)
-	n, ok := pool.index(dst)
-	if !ok || !d.self.Nexthops || dst.Bits() != pool.SubnetLen || n > 1<<24-1 {
+	n, ok := pool.number(dst)
+	if !ok || !d.self.Nexthops {
 		return 0, false
 	}
 	if f == IPv4 {

@@ -46,12 +46,11 @@ func (alloc) peer(*draft, *Lease, Family) error { return nil }
 // public returns what every lease says: where the node is.
 func public(c Config, self Self, backend string) Attrs {
 	a := Attrs{Backend: backend}
-	for _, f := range c.families() {
-		if f == IPv4 {
-			a.PublicIP = self.PublicIP
-		} else {
-			a.PublicIPv6 = self.PublicV6
-		}
+	if c.V4.Enabled() || c.Underlay(IPv4) {
+		a.PublicIP = self.PublicIP
+	}
+	if c.V6.Enabled() || c.Underlay(IPv6) {
+		a.PublicIPv6 = self.PublicV6
 	}
 	return a
 }

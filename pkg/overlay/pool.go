@@ -3,7 +3,6 @@ package overlay
 import (
 	"encoding/binary"
 	"fmt"
-	"math/bits"
 	"net/netip"
 )
 
@@ -60,26 +59,22 @@ func (p *Pool) free(taken []netip.Prefix, limit int) []netip.Prefix {
 	return out
 }
 
-// index numbers the subnets of the pool from 0; ok is false if s lies outside the
-// network or its number does not fit.
-func (p *Pool) index(s netip.Prefix) (n uint32, ok bool) {
-	if !p.Enabled() || !p.Network.Contains(s.Addr()) {
+// number returns the last 24 bits of a subnet's own part of its address: another
+// number for each subnet of the pool, and the same one when the network becomes
+// wider. ok is false for a prefix that is no subnet of the pool, and for a pool of
+// more than 2^24 subnets.
+func (p *Pool) number(s netip.Prefix) (n uint32, ok bool) {
+	if !p.Enabled() || !p.Network.Contains(s.Addr()) || s.Bits() != p.SubnetLen || s.Bits()-p.Network.Bits() > 24 {
 		return 0, false
 	}
-	ahi, alo := halves(s.Addr())
-	bhi, blo := halves(p.Network.Addr())
-	lo, borrow := bits.Sub64(alo, blo, 0)
-	hi, _ := bits.Sub64(ahi, bhi, borrow)
+	hi, lo := halves(s.Addr())
 	shift := s.Addr().BitLen() - s.Bits()
 	if shift >= 64 {
-		lo, hi = hi>>(shift-64), 0
-	} else if shift > 0 {
-		lo, hi = lo>>shift|hi<<(64-shift), hi>>shift
+		lo = hi >> (shift - 64)
+	} else {
+		lo = lo>>shift | hi<<(64-shift)
 	}
-	if hi != 0 || lo > 0xffffffff {
-		return 0, false
-	}
-	return uint32(lo), true
+	return uint32(lo) & 0xffffff, true
 }
 
 // lastAddr is the highest address of p.

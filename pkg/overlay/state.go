@@ -375,3 +375,8 @@ func defaultMetric(dst netip.Prefix) uint32 {
 	}
 	return 1024
 }
+
+// HasLink reports whether s has a link of that name.
+func (s *State) HasLink(name string) bool {
+	return slices.ContainsFunc(s.Links, func(l Link) bool { return l.Name == name })
+}

@@ -101,7 +101,7 @@ func WriteHandoff(path string, h Handoff) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return fmt.Errorf("write hand-off: %w", err)
 	}
-	if err := ReplaceFile(path, append(b, '\n')); err != nil {
+	if err := ReplaceFile(path, append(b, '\n'), 0o644); err != nil {
 		return fmt.Errorf("write hand-off: %w", err)
 	}
 	return nil
@@ -109,9 +109,9 @@ func WriteHandoff(path string, h Handoff) error {
 
 // ReplaceFile puts content in place of the file at path, whole or not at all. There
 // must be one writer.
-func ReplaceFile(path string, content []byte) error {
+func ReplaceFile(path string, content []byte, mode os.FileMode) error {
 	temp := path + ".tmp"
-	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o644)
+	f, err := os.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, mode)
 	if err != nil {
 		return err
 	}

@@ -41,6 +41,14 @@ func (d *Daemon) listen() ([]server, error) {
 	mux := d.health()
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, d.Status()) })
 	mux.HandleFunc("GET /v1/self", func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, d.selfAndConfig()) })
+	mux.HandleFunc("GET /v1/bgp", func(w http.ResponseWriter, r *http.Request) {
+		s, err := d.bgp.status(r.Context())
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusNotFound)
+			return
+		}
+		writeJSON(w, s)
+	})
 	mux.HandleFunc("GET /v1/drift", func(w http.ResponseWriter, _ *http.Request) {
 		entries, _ := d.drift.list()
 		writeJSON(w, entries)

@@ -29,6 +29,7 @@ type Daemon struct {
 
 	store  *store.Etcd
 	kernel *kernel.Kernel
+	bgp    *bgp
 
 	snapshot atomic.Pointer[overlay.Snapshot] // the last complete one; never taken back
 	claim    atomic.Pointer[claim]            // what the loop wants leased
@@ -73,6 +74,7 @@ func Run(ctx context.Context, cfg Config, version string, log *slog.Logger) erro
 		written: make(chan struct{}),
 	}
 	d.metrics = newMetrics(d)
+	d.bgp = &bgp{Daemon: d}
 	etcd := cfg.Etcd
 	etcd.Log = log
 	if d.store, err = store.OpenEtcd(etcd); err != nil {
@@ -98,6 +100,7 @@ func Run(ctx context.Context, cfg Config, version string, log *slog.Logger) erro
 		g.Go(func() error { return s.serve(ctx) })
 	}
 	err = g.Wait()
+	d.bgp.close(context.WithoutCancel(ctx))
 	notify(daemon.SdNotifyStopping)
 	log.Info("stopped; routes and rules stay in place")
 	if errors.Is(err, context.Canceled) {

@@ -89,7 +89,7 @@ func (d *Daemon) newLoop() *loop {
 	return &loop{
 		Daemon: d, node: node{Daemon: d},
 		former:  former{file: formerFile(d.cfg.SubnetFile)},
-		outside: []outside{&wireGuards{Daemon: d, devices: map[string]*wgtun.Device{}}},
+		outside: []outside{&wireGuards{Daemon: d, devices: map[string]*wgtun.Device{}}, d.bgp},
 	}
 }
 
@@ -173,6 +173,10 @@ func (l *loop) pass(ctx context.Context, why string, full bool) (changes int, fa
 		l.clashes = overlay.CheckOverlap(l.running, l.self.Subnets, l.snap.Leases, state.Foreign)
 	}
 	plan, refused := overlay.Diff(*have, *l.want)
+	settled := l.bgp.settled()
+	if !settled {
+		plan = plan.KeepRoutes()
+	}
 	if full {
 		l.clashes = append(l.clashes, refused...)
 	}
@@ -191,6 +195,10 @@ func (l *loop) pass(ctx context.Context, why string, full bool) (changes int, fa
 	}
 	if len(failures) > 0 {
 		return len(plan), failures, nil
+	}
+	if !settled {
+		l.applied = nil // there may be more in the kernel than is wanted
+		return len(plan), nil, l.handOff()
 	}
 	for _, o := range l.outside {
 		o.retire(ctx, l.want)
@@ -252,6 +260,9 @@ func (l *loop) learn(ctx context.Context, full bool) error {
 	self.Subnets = *held
 	l.former.expire(l.snap.Leases, *held, time.Now())
 	self.Former = l.former.backends()
+	if self.RIB, err = l.bgp.routes(ctx, self.Uplink, full); err != nil {
+		return err
+	}
 	l.desire(self)
 	return nil
 }

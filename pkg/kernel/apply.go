@@ -15,6 +15,10 @@ import (
 // errNotOurs stops the removal of somebody else's link.
 var errNotOurs = errors.New("the link does not bear the alias " + overlay.Alias)
 
+// errNoDataPlane: a TUN without the program that carries its packets would be a
+// hole, so that program makes it.
+var errNoDataPlane = errors.New("the device is made by the data plane, which is not running")
+
 // Apply makes the changes of a plan in its order and returns those that could
 // not be made. One failure stops nothing else.
 func (k *Kernel) Apply(ctx context.Context, plan overlay.Plan) []Failure {
@@ -80,7 +84,7 @@ func (a *applier) abandon(plan overlay.Plan, err error) {
 func (a *applier) step(plan overlay.Plan) int {
 	op := plan[0]
 	switch op.Object.(type) {
-	case overlay.Link, overlay.Sysctl, overlay.Chain:
+	case overlay.Link, overlay.Sysctl, overlay.Chain, overlay.WGPeer:
 		a.send()
 	default:
 		a.enqueue(op)
@@ -99,6 +103,8 @@ func (a *applier) step(plan overlay.Plan) int {
 		} else if err != nil {
 			a.fail(op, err)
 		}
+	case overlay.WGPeer:
+		return a.wgPeers(plan, o.Link)
 	default:
 		n := 1
 		for ; n < len(plan); n++ {
@@ -124,9 +130,9 @@ func (a *applier) writeLate() {
 }
 
 func (a *applier) link(op overlay.Op, want overlay.Link) error {
-	c := a.kernel.conn
+	k := a.kernel
 	if op.Verb == overlay.Add {
-		return c.createLink(want)
+		return k.createLink(want)
 	}
 	have, ok := op.Before.(overlay.Link)
 	switch {
@@ -135,28 +141,62 @@ func (a *applier) link(op overlay.Op, want overlay.Link) error {
 	case op.Verb == overlay.Delete && !have.Ours():
 		return errNotOurs
 	case op.Verb == overlay.Delete:
-		return c.deleteLink(want.Name)
+		return k.conn.deleteLink(want.Name)
 	case have.Recreate(want):
 		if !have.Ours() {
 			return errNotOurs
 		}
-		return c.recreateLink(want)
+		return k.recreateLink(want)
 	}
-	err := c.changeLink(have, want)
-	if have.VXLAN != want.VXLAN && (errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EAFNOSUPPORT)) {
-		// This kernel cannot change the parameter; the device is made anew as
-		// flannel would.
-		a.kernel.log.Info("link made anew", "link", want.Name, "reason", err)
-		return c.recreateLink(want)
-	}
-	return err
+	return k.changeLink(have, want)
 }
 
-func (c *conn) recreateLink(want overlay.Link) error {
-	if err := c.deleteLink(want.Name); err != nil && !absent(err) {
+// createLink makes a device. It comes up last, when it is complete and bears our
+// alias. A crash in between leaves a device without alias that the next pass
+// adopts.
+func (k *Kernel) createLink(want overlay.Link) error {
+	if want.Kind == overlay.KindTUN {
+		return errNoDataPlane
+	}
+	if err := k.conn.newLink(want); err != nil {
 		return err
 	}
-	return c.createLink(want)
+	made := want
+	made.Alias, made.Up, made.WG = "", false, overlay.WireGuard{}
+	return k.changeLink(made, want)
+}
+
+// changeLink turns a device that exists into want, without a gap for packets.
+func (k *Kernel) changeLink(have, want overlay.Link) error {
+	index, err := k.conn.linkIndex(want.Name)
+	if err != nil {
+		return err
+	}
+	if have.VXLAN != want.VXLAN || have.IPIP != want.IPIP {
+		err := k.conn.setParameters(index, have, want)
+		if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EAFNOSUPPORT) {
+			// This kernel cannot change the parameter; the device is made anew as
+			// flannel would.
+			k.log.Info("link made anew", "link", want.Name, "reason", err)
+			return k.recreateLink(want)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if have.WG != want.WG {
+		if err := k.wireguard.setDevice(want.Name, have.WG, want.WG); err != nil {
+			return err
+		}
+	}
+	return k.conn.setLink(index, have, want)
+}
+
+func (k *Kernel) recreateLink(want overlay.Link) error {
+	if err := k.conn.deleteLink(want.Name); err != nil && !absent(err) {
+		return err
+	}
+	return k.createLink(want)
 }
 
 // enqueue puts an operation into the batch.
@@ -166,8 +206,8 @@ func (a *applier) enqueue(op overlay.Op) {
 		a.fail(op, err)
 		return
 	}
-	if n := len(a.batched); n > 0 && a.batch.full() || n > 0 && isNexthop(a.batched[n-1].op) && !isNexthop(op) {
-		a.send() // routes find all nexthops there, also those that needed a detour
+	if n := len(a.batched); n > 0 && (a.batch.full() || waits(op, a.batched[n-1].op)) {
+		a.send()
 	}
 	c := change{op: op, index: index}
 	if c.echo, err = encode(&a.batch.enc, op, index); err != nil {
@@ -178,9 +218,15 @@ func (a *applier) enqueue(op overlay.Op) {
 	a.batched = append(a.batched, c)
 }
 
-func isNexthop(op overlay.Op) bool {
-	_, is := op.Object.(overlay.Nexthop)
-	return is
+// waits reports whether op must find the result of before, also of one that needed
+// a detour: a route its nexthop, a group its members.
+func waits(op, before overlay.Op) bool {
+	n, is := before.Object.(overlay.Nexthop)
+	if !is {
+		return false
+	}
+	next, is := op.Object.(overlay.Nexthop)
+	return !is || n.Group == "" && next.Group != ""
 }
 
 // encode writes the message that does op.
@@ -190,8 +236,7 @@ func encode(e *encoder, op overlay.Op, index uint32) (echo, error) {
 		encodeAddr(e, op.Verb, o.Prefix, index)
 		return addrEcho(op.Verb, o.Prefix, index), nil
 	case overlay.Nexthop:
-		encodeNexthop(e, op.Verb, o, index)
-		return echo{}, nil
+		return echo{}, encodeNexthop(e, op.Verb, o, index)
 	case overlay.Route:
 		encodeRoute(e, op.Verb, o, index)
 		return echo{}, nil

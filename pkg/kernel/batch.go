@@ -11,8 +11,8 @@ import (
 // its cost vanish, and few enough that the errors of all fit in receiveBuffer.
 const batchSize = 48 << 10
 
-// batch collects messages that each change one object. The kernel works them off
-// in order and answers only for those that fail and for the last, which marks
+// batch collects messages that each change one object, or ask for one. The kernel
+// works them off in order and answers only for those that fail and for the last, which marks
 // the end of all answers.
 type batch struct {
 	conn  *conn
@@ -21,6 +21,8 @@ type batch struct {
 	first uint32 // sequence number of the first message
 	// failed is told the number of a message, counted from 0, and why.
 	failed func(i int, err error)
+	// each, if not nil, gets what was asked for by message i.
+	each func(i int, h header, body []byte)
 }
 
 // added completes the message that was just written to enc.
@@ -55,7 +57,13 @@ func (b *batch) answers(err error) {
 		}
 		messages(buf, func(h header, body []byte) {
 			i := h.seq - b.first // wraps like the sequence numbers themselves
-			if h.typ != unix.NLMSG_ERROR || i < next || i >= b.n {
+			if i < next || i >= b.n {
+				return
+			}
+			if h.typ != unix.NLMSG_ERROR {
+				if b.each != nil {
+					b.each(int(i), h, body)
+				}
 				return
 			}
 			next = i + 1

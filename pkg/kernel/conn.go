@@ -30,7 +30,7 @@ var errInterrupted = errors.New("interrupted by a change each time it was tried"
 // errTruncated says that one message was larger than the read buffer.
 var errTruncated = errors.New("answer larger than the buffer")
 
-// conn is an rtnetlink socket for requests. It belongs to the network namespace
+// conn is a netlink socket for requests. It belongs to the network namespace
 // in which it was opened, from whatever thread it is used later. Not safe for
 // concurrent use.
 type conn struct {
@@ -41,8 +41,8 @@ type conn struct {
 	req    encoder
 }
 
-func openSocket(flags, receive int) (fd int, portid uint32, err error) {
-	fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|flags, unix.NETLINK_ROUTE)
+func openSocket(protocol, flags, receive int) (fd int, portid uint32, err error) {
+	fd, err = unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC|flags, protocol)
 	if err != nil {
 		return -1, 0, fmt.Errorf("open netlink socket: %w", err)
 	}
@@ -65,8 +65,8 @@ func openSocket(flags, receive int) (fd int, portid uint32, err error) {
 	return fd, sa.(*unix.SockaddrNetlink).Pid, nil
 }
 
-func openConn() (*conn, error) {
-	fd, portid, err := openSocket(0, receiveBuffer)
+func openConn(protocol int) (*conn, error) {
+	fd, portid, err := openSocket(protocol, 0, receiveBuffer)
 	if err != nil {
 		return nil, err
 	}

@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/twill-net/twill/pkg/overlay"
 )
 
@@ -77,7 +75,9 @@ func FuzzDecode(f *testing.F) {
 	var e encoder
 	state := dualWorld(1).state()
 	for _, n := range state.Nexthops {
-		encodeNexthop(&e, overlay.Add, n, 3)
+		if err := encodeNexthop(&e, overlay.Add, n, 3); err != nil {
+			f.Fatal(err)
+		}
 		e.end(1)
 	}
 	for _, r := range state.Routes {
@@ -89,9 +89,7 @@ func FuzzDecode(f *testing.F) {
 		e.end(1)
 	}
 	for _, l := range state.Links {
-		e.begin(unix.RTM_NEWLINK, 0, unix.SizeofIfInfomsg)
-		e.str(unix.IFLA_IFNAME, l.Name)
-		linkInfo(&e, func() { vxlanData(&e, overlay.VXLAN{}, l.VXLAN, 3) })
+		encodeNewLink(&e, l, 3)
 		e.end(1)
 	}
 	f.Add(e.buf)

@@ -2,7 +2,6 @@ package kernel
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/netip"
 
@@ -29,7 +28,7 @@ func (k *Kernel) Interfaces(ctx context.Context, canReach []netip.Addr) ([]overl
 }
 
 func (c *conn) interfaces(ctx context.Context, canReach []netip.Addr) ([]overlay.Iface, error) {
-	links, err := c.links(ctx, "")
+	links, err := c.links(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -108,29 +107,4 @@ func (c *conn) defaultRoutes(ctx context.Context, byIndex map[uint32]*overlay.If
 		}
 	}
 	return nil
-}
-
-// lookup returns the index of the interface by which packets to a leave; 0 if
-// there is no route.
-func (c *conn) lookup(a netip.Addr) (index uint32, err error) {
-	err = c.request(func(e *encoder) {
-		b := e.begin(unix.RTM_GETROUTE, 0, unix.SizeofRtMsg)
-		b[0], b[1] = familyNumber(a), uint8(a.BitLen())
-		e.addr(unix.RTA_DST, a)
-	}, func(_ header, body []byte) {
-		for typ, v := range attrs(body, unix.SizeofRtMsg) {
-			if typ == unix.RTA_OIF {
-				index = u32Of(v)
-			}
-		}
-	})
-	var errno unix.Errno
-	if !errors.As(err, &errno) {
-		return index, err
-	}
-	switch errno {
-	case unix.ENETUNREACH, unix.EHOSTUNREACH, unix.EACCES, unix.EINVAL, unix.EAFNOSUPPORT, unix.EOPNOTSUPP:
-		return 0, nil // what unreachable, prohibit, blackhole and no IPv6 look like
-	}
-	return 0, fmt.Errorf("look up route to %s: %w", a, err)
 }

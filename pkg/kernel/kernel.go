@@ -25,13 +25,16 @@ type Options struct {
 // Kernel reads and writes the network state of one network namespace: the one
 // of the thread that called Open. Its methods may be called from any goroutine,
 // with one exception: a sysctl belongs to the namespace of the thread that opens
-// its file, and a program runs in that of the thread that starts it, so Observe
-// and Apply must be called by a thread in the namespace of Open.
+// its file, a program runs in that of the thread that starts it, and a WireGuard
+// in user space is found by its socket in the file system, so Observe and Apply
+// must be called by a thread in the namespaces of Open.
 type Kernel struct {
 	log      *slog.Logger
 	firewall *firewall
 	nexthops bool
 	events   *monitor
+
+	wireguard *wireguard
 	// scope is that of the last Observe: Watch looks for the same things.
 	scope atomic.Pointer[Scope]
 
@@ -62,7 +65,7 @@ func Open(opts Options) (*Kernel, error) {
 	k := &Kernel{log: opts.Log}
 	k.scope.Store(&Scope{})
 	var err error
-	if k.conn, err = openConn(); err != nil {
+	if k.conn, err = openConn(unix.NETLINK_ROUTE); err != nil {
 		return nil, err
 	}
 	if k.events, err = openMonitor(); err != nil {
@@ -71,6 +74,7 @@ func Open(opts Options) (*Kernel, error) {
 	if k.firewall, err = newFirewall(opts); err != nil {
 		return nil, errors.Join(err, k.events.close(), k.conn.close())
 	}
+	k.wireguard = openWireGuard()
 	k.nexthops = k.conn.hasNexthops()
 	return k, nil
 }
@@ -79,11 +83,15 @@ func Open(opts Options) (*Kernel, error) {
 func (k *Kernel) Close() error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	return errors.Join(k.firewall.close(), k.events.close(), k.conn.close())
+	return errors.Join(k.wireguard.close(), k.firewall.close(), k.events.close(), k.conn.close())
 }
 
 // HasNexthops reports whether the kernel has nexthop objects (Linux 5.3).
 func (k *Kernel) HasNexthops() bool { return k.nexthops }
+
+// HasWireGuard reports whether the kernel has WireGuard (Linux 5.6). If that is a
+// module, it has been loaded by now.
+func (k *Kernel) HasWireGuard() bool { return k.wireguard.inKernel }
 
 // hasNexthops asks for an object that cannot exist: a kernel that knows the
 // question says ENOENT or EINVAL.

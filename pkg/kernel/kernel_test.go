@@ -30,18 +30,25 @@ func TestSecondPlanIsEmpty(t *testing.T) {
 		"blackhole": func(w *world) { w.blackhole = true },
 		"gbp":       func(w *world) { w.gbp, w.learning = true, true },
 		"addresses": func(w *world) { w.extraAddresses = true },
+		"udp":       func(w *world) { w.tunnelled = 3 },
+		"udp plain": func(w *world) { w.tunnelled, w.nexthops = 3, false },
+		"wireguard": func(w *world) { w.encrypted, w.moved = 3, 2 },
+		"wg plain":  func(w *world) { w.encrypted, w.nexthops = 3, false },
+		"groups":    func(w *world) { w.grouped = 4 },
 	}
 	for name, form := range forms {
 		t.Run(name, func(t *testing.T) {
-			inNode(t, func(k *Kernel) {
+			inHost(t, func(k *Kernel) {
 				if !k.HasNexthops() {
 					t.Fatal("this kernel has nexthop objects")
 				}
 				w := dualWorld(3)
 				form(&w)
-				reconcile(t, k, w.state())
+				var d dataPlane
+				defer d.stop(world{})
+				d.reconcile(t, k, w)
 				reconcile(t, k, overlay.State{})
-				if got := observe(t, k); len(got.Links)+len(got.Addrs)+len(got.Nexthops)+len(got.Routes)+len(got.Neighs)+len(got.FDB) > 0 {
+				if got := observe(t, k); len(got.WGPeers)+len(got.Links)+len(got.Addrs)+len(got.Nexthops)+len(got.Routes)+len(got.Neighs)+len(got.FDB) > 0 {
 					t.Errorf("left behind: %+v", got)
 				}
 			})
@@ -336,13 +343,16 @@ func TestRandomWalk(t *testing.T) {
 	t.Logf("seed %d", seed)
 	r := rand.New(rand.NewPCG(seed, 0))
 	coin := func() bool { return r.IntN(2) == 0 }
-	inNode(t, func(k *Kernel) {
-		for step := range 40 {
+	inHost(t, func(k *Kernel) {
+		var d dataPlane
+		defer d.stop(world{})
+		for step := range 60 {
 			w := world{
 				nexthops: r.IntN(4) > 0, blackhole: coin(), forward: fmt.Sprint(r.IntN(2)),
 				vni: uint32(1 + r.IntN(2)), port: 8472, gbp: r.IntN(4) == 0, learning: r.IntN(4) == 0,
 				parent: r.IntN(2), host: 1 + r.IntN(2), mtu: 1400 + r.IntN(2), mac: byte(r.IntN(2)),
 				moved: r.IntN(10), direct: r.IntN(5), extraAddresses: coin(),
+				tunnelled: r.IntN(2) * r.IntN(10), encrypted: r.IntN(2) * r.IntN(15), grouped: r.IntN(2) * r.IntN(20),
 			}
 			if w.gbp {
 				// Two devices on one port must agree on it, so that going from one
@@ -359,8 +369,11 @@ func TestRandomWalk(t *testing.T) {
 					w.peers = append(w.peers, p)
 				}
 			}
+			if len(w.families) == 0 {
+				w.tunnelled, w.encrypted = 0, 0
+			}
 			want := w.state()
-			reconcile(t, k, want)
+			d.reconcile(t, k, w)
 			got := observe(t, k)
 			got.Foreign = nil
 			if !reflect.DeepEqual(empty(got), empty(want)) {
@@ -374,7 +387,7 @@ func TestRandomWalk(t *testing.T) {
 func empty(s overlay.State) overlay.State {
 	s.Links, s.Addrs, s.Nexthops = append([]overlay.Link{}, s.Links...), append([]overlay.Addr{}, s.Addrs...), append([]overlay.Nexthop{}, s.Nexthops...)
 	s.Routes, s.Neighs, s.FDB = append([]overlay.Route{}, s.Routes...), append([]overlay.Neigh{}, s.Neighs...), append([]overlay.FDB{}, s.FDB...)
-	s.Sysctls, s.Chains = append([]overlay.Sysctl{}, s.Sysctls...), nil
+	s.Sysctls, s.WGPeers, s.Chains = append([]overlay.Sysctl{}, s.Sysctls...), append([]overlay.WGPeer{}, s.WGPeers...), nil
 	return s
 }
 

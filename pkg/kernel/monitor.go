@@ -71,7 +71,7 @@ func groups() []int {
 
 // openMonitor opens the socket; it hears nothing before start.
 func openMonitor() (*monitor, error) {
-	fd, _, err := openSocket(unix.SOCK_NONBLOCK, watchBuffer)
+	fd, _, err := openSocket(unix.NETLINK_ROUTE, unix.SOCK_NONBLOCK, watchBuffer)
 	if err != nil {
 		return nil, err
 	}

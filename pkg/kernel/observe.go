@@ -17,7 +17,7 @@ func (k *Kernel) Observe(ctx context.Context, scope Scope) (overlay.State, error
 	k.scope.Store(&scope)
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	o := observer{conn: k.conn, ctx: ctx, scope: scope, names: map[uint32]string{}}
+	o := observer{conn: k.conn, ctx: ctx, scope: scope, names: map[uint32]string{}, wireguard: k.wireguard}
 	steps := []func() error{o.links, o.addrs, o.routes, o.neighbors, o.sysctls}
 	if k.nexthops {
 		steps = append(steps, o.nexthops)
@@ -42,24 +42,35 @@ type observer struct {
 	ctx   context.Context
 	scope Scope
 	state overlay.State
-	own   []link // the links that are ours or flannel's
-	// names holds the names of the links met so far; named says that these are all.
-	names map[uint32]string
-	named bool
+	own   []link            // the links that are ours or flannel's
+	names map[uint32]string // of all links
+
+	wireguard *wireguard
 }
 
 func (o *observer) links() error {
-	links, err := o.conn.links(o.ctx, vxlanKind)
+	links, err := o.conn.links(o.ctx)
 	if err != nil {
 		return err
+	}
+	for _, l := range links {
+		o.names[l.index] = l.Name
 	}
 	for _, l := range links {
 		if !l.candidate() {
 			continue
 		}
-		o.names[l.index] = l.Name
-		if l.VXLAN.Parent, err = o.name(l.parent); err != nil {
+		parent, err := o.name(l.parent)
+		if err != nil {
 			return err
+		}
+		l.setParent(parent)
+		if l.hasWireGuard() {
+			var peers []overlay.WGPeer
+			if l.WG, peers, err = o.wireguard.device(l.Name); err != nil {
+				return fmt.Errorf("WireGuard device %s: %w", l.Name, err)
+			}
+			o.state.WGPeers = append(o.state.WGPeers, peers...)
 		}
 		o.own = append(o.own, l)
 		o.state.Links = append(o.state.Links, l.Link)
@@ -67,50 +78,31 @@ func (o *observer) links() error {
 	return nil
 }
 
-// links lists the devices of a kind, or all if kind is empty.
-func (c *conn) links(ctx context.Context, kind string) ([]link, error) {
+// links lists all devices.
+func (c *conn) links(ctx context.Context) ([]link, error) {
 	var out []link
-	err := c.dump(ctx, func(e *encoder) { encodeLinkDump(e, kind) }, func() { out = out[:0] }, func(_ header, body []byte) {
-		if l := decodeLink(body); kind == "" || l.kind == kind {
-			out = append(out, l)
-		}
-	})
+	err := c.dump(ctx, encodeLinkDump, func() { out = out[:0] }, func(_ header, body []byte) { out = append(out, decodeLink(body)) })
 	if err != nil {
 		return nil, fmt.Errorf("links: %w", err)
 	}
 	return out, nil
 }
 
-// fewLinks is how many links are asked for one by one: the uplink and the bridge
-// of the pods, on most nodes. Many more are read in one dump.
-const fewLinks = 8
-
 // name returns the name of a link, or none if the link is gone by now.
 func (o *observer) name(index uint32) (string, error) {
-	if name, ok := o.names[index]; ok || index == 0 || o.named {
+	name, ok := o.names[index]
+	if ok || index == 0 {
 		return name, nil
 	}
-	if len(o.names) < fewLinks {
-		name := ""
-		err := o.conn.request(func(e *encoder) {
-			beginLink(e, unix.RTM_GETLINK, index)
-			e.u32(unix.IFLA_EXT_MASK, skipStats)
-		}, func(_ header, body []byte) { name = decodeLink(body).Name })
-		if err != nil && !absent(err) {
-			return "", fmt.Errorf("link %d: %w", index, err)
-		}
-		o.names[index] = name
-		return name, nil
+	err := o.conn.request(func(e *encoder) { // younger than the list
+		beginLink(e, unix.RTM_GETLINK, index)
+		e.u32(unix.IFLA_EXT_MASK, skipStats)
+	}, func(_ header, body []byte) { name = decodeLink(body).Name })
+	if err != nil && !absent(err) {
+		return "", fmt.Errorf("link %d: %w", index, err)
 	}
-	all, err := o.conn.links(o.ctx, "")
-	if err != nil {
-		return "", err
-	}
-	o.named = true
-	for _, l := range all {
-		o.names[l.index] = l.Name
-	}
-	return o.names[index], nil
+	o.names[index] = name
+	return name, nil
 }
 
 func (o *observer) isOwn(index uint32) bool {

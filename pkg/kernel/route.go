@@ -1,7 +1,12 @@
 package kernel
 
 import (
+	"cmp"
+	"fmt"
 	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -161,31 +166,86 @@ func decodeNexthop(body []byte) (n nexthop) {
 			n.oif = u32Of(v)
 		case unix.NHA_GATEWAY:
 			n.Gateway = addrOf(v)
+		case unix.NHA_GROUP:
+			n.Group = decodeGroup(v)
 		}
 	}
+	if !n.Gateway.IsValid() && n.oif != 0 {
+		n.Family = familyOf(body[0])
+	}
 	return n
+}
+
+// decodeGroup reads a list of struct nexthop_grp. A member that takes more than one
+// share of the flows, which ours never do, has it behind its id, as in ip(8).
+func decodeGroup(b []byte) string {
+	type member struct{ id, weight uint32 }
+	var members []member
+	for ; len(b) >= unix.SizeofNexthopGrp; b = b[unix.SizeofNexthopGrp:] {
+		members = append(members, member{native.Uint32(b), uint32(b[4]) + 1})
+	}
+	slices.SortFunc(members, func(a, b member) int { return cmp.Compare(a.id, b.id) })
+	var out strings.Builder
+	for i, m := range members {
+		if i > 0 {
+			out.WriteByte('/')
+		}
+		fmt.Fprint(&out, m.id)
+		if m.weight != 1 {
+			fmt.Fprintf(&out, ",%d", m.weight)
+		}
+	}
+	return out.String()
+}
+
+// encodeGroup writes the members with one share each.
+func encodeGroup(e *encoder, group string) error {
+	var b []byte
+	for _, s := range strings.Split(group, "/") {
+		id, err := strconv.ParseUint(s, 10, 32)
+		if err != nil {
+			return fmt.Errorf("read group %q: %w", group, err)
+		}
+		b = native.AppendUint32(b, uint32(id))
+		b = append(b, 0, 0, 0, 0) // weight - 1; reserved
+	}
+	e.bytes(unix.NHA_GROUP, b)
+	return nil
 }
 
 func encodeNexthopDump(e *encoder) { e.begin(unix.RTM_GETNEXTHOP, 0, unix.SizeofNhmsg) }
 
 // encodeNexthop writes a change of one nexthop object. Change moves all routes
 // that use it at once.
-func encodeNexthop(e *encoder, verb overlay.Verb, n overlay.Nexthop, oif uint32) {
+func encodeNexthop(e *encoder, verb overlay.Verb, n overlay.Nexthop, oif uint32) error {
 	if verb == overlay.Delete {
 		e.begin(unix.RTM_DELNEXTHOP, 0, unix.SizeofNhmsg)
 		e.u32(unix.NHA_ID, n.ID)
-		return
+		return nil
 	}
 	flags := uint16(unix.NLM_F_CREATE | unix.NLM_F_EXCL)
 	if verb == overlay.Change {
 		flags = unix.NLM_F_CREATE | unix.NLM_F_REPLACE
 	}
 	b := e.begin(unix.RTM_NEWNEXTHOP, flags, unix.SizeofNhmsg)
-	b[0], b[2] = familyNumber(n.Gateway), overlay.Protocol
+	b[2] = overlay.Protocol
 	if n.OnLink {
 		native.PutUint32(b[4:], unix.RTNH_F_ONLINK)
 	}
+	switch {
+	case n.Group != "": // of no family
+	case n.Family == overlay.IPv4 || n.Gateway.Is4():
+		b[0] = unix.AF_INET
+	default:
+		b[0] = unix.AF_INET6
+	}
 	e.u32(unix.NHA_ID, n.ID)
+	if n.Group != "" {
+		return encodeGroup(e, n.Group)
+	}
 	e.u32(unix.NHA_OIF, oif)
-	e.addr(unix.NHA_GATEWAY, n.Gateway)
+	if n.Gateway.IsValid() {
+		e.addr(unix.NHA_GATEWAY, n.Gateway)
+	}
+	return nil
 }

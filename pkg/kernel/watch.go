@@ -63,7 +63,7 @@ type watcher struct {
 func (w *watcher) list(ctx context.Context) error {
 	w.kernel.mu.Lock()
 	defer w.kernel.mu.Unlock()
-	all, err := w.kernel.conn.links(ctx, "")
+	all, err := w.kernel.conn.links(ctx)
 	if err != nil {
 		return fmt.Errorf("watch %w", err)
 	}
@@ -77,7 +77,9 @@ func (w *watcher) list(ctx context.Context) error {
 // remember keeps a link and reports whether it has news.
 func (w *watcher) remember(l link) bool {
 	before := w.links[l.index]
-	l.flags = 0 // carrier and promiscuity come and go; Up holds what matters
+	// Promiscuity and the like come and go. Without carrier the kernel drops all
+	// nexthop objects of a link, without a word, so that its return matters.
+	l.flags &= unix.IFF_LOWER_UP
 	w.links[l.index] = l
 	return l != before && (w.matters(l) || w.matters(before))
 }
@@ -174,7 +176,14 @@ func (w *watcher) nexthop(h header, body []byte) string {
 	if _, own := w.own(n.oif); !own && n.protocol != overlay.Protocol {
 		return ""
 	}
-	return fmt.Sprintf("nexthop %d via %s %s", n.ID, n.Gateway, past(verbOf(h, unix.RTM_DELNEXTHOP)))
+	where := "dev " + w.links[n.oif].Name
+	switch {
+	case n.Group != "":
+		where = "group " + n.Group
+	case n.Gateway.IsValid():
+		where = "via " + n.Gateway.String()
+	}
+	return fmt.Sprintf("nexthop %d %s %s", n.ID, where, past(verbOf(h, unix.RTM_DELNEXTHOP)))
 }
 
 // neighbor tells of ARP, NDP and forwarding entries on the overlay's links.

@@ -103,6 +103,9 @@ type world struct {
 	mac            byte
 	moved          int  // peers below it have other VTEPs
 	direct         int  // peers below it are reached without encapsulation
+	tunnelled      int  // of the others those below it lead into flannel0
+	encrypted      int  // of the others those below it lead into flannel-wg
+	grouped        int  // of the others those below it lead to a group of nexthops
 	extraAddresses bool // addresses beside the usual one
 }
 
@@ -123,7 +126,7 @@ func (w world) link(f overlay.Family) overlay.Link {
 		name, local = fmt.Sprintf("flannel-v6.%d", w.vni), fmt.Sprintf("2001:db8:%d::%d", w.parent, w.host)
 	}
 	return overlay.Link{
-		Name: name, Alias: overlay.Alias, Up: true, MTU: w.mtu, MAC: overlay.MAC{0x0e, byte(f), 0, 0, 0, w.mac},
+		Name: name, Alias: overlay.Alias, Up: true, MTU: w.mtu, Kind: overlay.KindVXLAN, MAC: overlay.MAC{0x0e, byte(f), 0, 0, 0, w.mac},
 		VXLAN: overlay.VXLAN{
 			VNI: w.vni, Port: w.port, Local: netip.MustParseAddr(local), Parent: fmt.Sprintf("eth%d", w.parent),
 			GBP: w.gbp, Learning: w.learning,
@@ -141,6 +144,7 @@ func subnet(f overlay.Family, peer int) netip.Prefix {
 
 func (w world) state() overlay.State {
 	s := overlay.State{Sysctls: []overlay.Sysctl{{Key: "net/ipv4/ip_forward", Value: w.forward}}}
+	w.tunnels(&s)
 	for _, f := range w.families {
 		l := w.link(f)
 		s.Links = append(s.Links, l)
@@ -160,22 +164,46 @@ func (w world) state() overlay.State {
 	return s
 }
 
+func metric(f overlay.Family) uint32 {
+	if f == overlay.IPv6 {
+		return 1024
+	}
+	return 0
+}
+
+// underlayHost returns the address of a peer.
+func underlayHost(f overlay.Family, p int) netip.Addr {
+	if f == overlay.IPv6 {
+		return netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 5: 0x18, 14: byte(p >> 8), 15: byte(p)})
+	}
+	return netip.AddrFrom4([4]byte{198, 18, byte(p >> 8), byte(p)})
+}
+
+// underlayGateway returns the address of a router on eth0.
+func underlayGateway(f overlay.Family, n byte) netip.Addr {
+	if f == overlay.IPv6 {
+		return netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 15: 9 + n})
+	}
+	return netip.AddrFrom4([4]byte{198, 51, 100, 9 + n})
+}
+
 func (w world) peer(s *overlay.State, f overlay.Family, p int) {
 	dst := subnet(f, p)
-	r := overlay.Route{Dst: dst, Protocol: overlay.Protocol}
-	host := netip.AddrFrom4([4]byte{198, 18, byte(p >> 8), byte(p)})
-	if f == overlay.IPv6 {
-		r.Metric = 1024
-		host = netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, 5: 0x18, 14: byte(p >> 8), 15: byte(p)})
-	}
-	nh := overlay.Nexthop{ID: uint32(f)<<24 | uint32(p), Gateway: dst.Addr(), Link: w.link(f).Name, OnLink: true}
-	if p < w.direct {
-		nh.Gateway, nh.Link, nh.OnLink = netip.MustParseAddr("198.51.100.9"), "eth0", false
-		if f == overlay.IPv6 {
-			nh.Gateway = netip.MustParseAddr("2001:db8:0::9")
-		}
-	} else {
-		mac := overlay.MAC{0x0a, byte(f), 0, 0, byte(p >> 8), byte(p)}
+	r := overlay.Route{Dst: dst, Metric: metric(f), Protocol: overlay.Protocol}
+	nh := overlay.Nexthop{ID: uint32(f)<<24 | uint32(p)}
+	switch {
+	case p < w.direct:
+		nh.Gateway, nh.Link = underlayGateway(f, 0), "eth0"
+	case p < w.tunnelled:
+		nh.Link, nh.Family = overlay.UDPLink, f
+	case p < w.encrypted:
+		nh.Link, nh.Family = overlay.WireGuardLink, f
+		w.wgPeer(s, f, p)
+	case p < w.grouped && w.nexthops:
+		nh = w.group(s, f, p)
+	default:
+		nh.Gateway, nh.Link, nh.OnLink = dst.Addr(), w.link(f).Name, true
+		mac, host := overlay.MAC{0x0a, byte(f), 0, 0, byte(p >> 8), byte(p)}, underlayHost(f, p)
 		if p < w.moved {
 			host, mac[2] = host.Next(), 1
 		}
@@ -183,7 +211,9 @@ func (w world) peer(s *overlay.State, f overlay.Family, p int) {
 		s.FDB = append(s.FDB, overlay.FDB{Link: nh.Link, MAC: mac, Dst: host})
 	}
 	if w.nexthops {
-		s.Nexthops = append(s.Nexthops, nh)
+		if !contains(s.Nexthops, nh) {
+			s.Nexthops = append(s.Nexthops, nh)
+		}
 		r.NH = nh.ID
 	} else {
 		r.Gateway, r.Link, r.OnLink = nh.Gateway, nh.Link, nh.OnLink

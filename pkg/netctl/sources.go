@@ -206,7 +206,7 @@ func (s *sight) compare() {
 	snap := *s.snap
 	snap.Config = s.self.Config
 	s.want, s.problems = overlay.Desired(&snap, s.self.Self)
-	if err := s.self.Config.CheckTransition(s.snap.Config, s.self.Self.Subnets); !s.snap.Config.Equal(s.self.Config) && err != nil {
+	if err := s.self.Config.CheckTransition(s.snap.Config, s.self.Self.Subnets, s.snap.Leases); !s.snap.Config.Equal(s.self.Config) && err != nil {
 		s.problems = append(s.problems, overlay.Problem{
 			Object: "config", Reason: "the stored configuration is not taken up: " + err.Error(), Remedy: "the running one stays in force",
 		})

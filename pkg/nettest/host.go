@@ -12,9 +12,9 @@ import (
 )
 
 // Host is a machine of the lab: a network namespace whose eth0 is plugged into
-// the switch, and its own mount namespace, in which /run/flannel, /run/twill,
-// /var/lib/cni and /etc/cni are empty at first, so that all programs run with
-// their default paths. The default routes lead to a gateway that does not exist.
+// the switch, and its own mount namespace, in which the directories of Twill, CNI,
+// WireGuard, BIRD and FRR are empty at first, so that all programs run with their
+// default paths. The default routes lead to a gateway that does not exist.
 type Host struct {
 	*NS
 	IPv4, IPv6 netip.Addr // of eth0

@@ -34,7 +34,7 @@ func TestHostsPing(t *testing.T) {
 func TestHostsHaveTheirOwnFiles(t *testing.T) {
 	CheckLeaks(t)
 	l, hosts := NewHosts(t, 2)
-	for _, dir := range []string{"/run/flannel", "/run/twill", "/var/lib/cni", "/etc/cni"} {
+	for _, dir := range []string{"/run/flannel", "/run/twill", "/run/wireguard", "/var/lib/cni", "/etc/cni"} {
 		run(t, hosts[0].NS, "touch", dir+"/nettest")
 		if _, err := hosts[1].Run("test", "-e", dir+"/nettest"); err == nil {
 			t.Errorf("h2 sees a file of h1 in %s", dir)

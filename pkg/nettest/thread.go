@@ -71,7 +71,10 @@ func newMountNS(path, netns, lockFile string) error {
 // mountOwnDirs gives a host its own empty copy of the directories in which the
 // programs of a node keep their state.
 func mountOwnDirs() error {
-	for _, dir := range []string{"/run/flannel", "/run/twill", "/var/lib/cni", "/etc/cni"} {
+	for _, dir := range []string{
+		"/run/flannel", "/run/twill", "/var/lib/cni", "/etc/cni",
+		"/run/wireguard", "/run/bird", "/etc/bird", "/run/frr", "/etc/frr",
+	} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err
 		}

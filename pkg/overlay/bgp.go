@@ -185,6 +185,19 @@ func (r *RIB) route(p netip.Prefix) (BGPRoute, bool) {
 	return r.Routes[i], true
 }
 
+// Remote returns the next hops that are on none of the links.
+func (r *RIB) Remote(onLink []netip.Prefix) []netip.Addr {
+	var out []netip.Addr
+	for _, route := range r.Routes {
+		for _, p := range route.Paths {
+			if !slices.ContainsFunc(onLink, func(l netip.Prefix) bool { return l.Contains(p.NextHop) }) && !slices.Contains(out, p.NextHop) {
+				out = append(out, p.NextHop)
+			}
+		}
+	}
+	return out
+}
+
 // speaker returns what the node's speaker has to do.
 func (d *draft) speaker(c BGPConfig, leases []*Lease) *BGP {
 	b := &BGP{

@@ -51,6 +51,17 @@ func (p Plan) String() string {
 	return b.String()
 }
 
+// KeepRoutes leaves out of p what would take a route away.
+func (p Plan) KeepRoutes() Plan {
+	return slices.DeleteFunc(p, func(op Op) bool {
+		switch op.Object.(type) {
+		case Route, Nexthop:
+			return op.Verb == Delete
+		}
+		return false
+	})
+}
+
 // Diff returns the changes that turn have into want. Both must be normalized.
 // What is foreign stays: a stranger at one of our keys is a Problem. A stranger's
 // link under our name blocks the whole plan, since all else stands on it.

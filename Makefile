@@ -15,8 +15,12 @@ help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: deps
-deps: ## install the Debian packages that demo and tests need
+deps: ## install the Debian packages that demo and benchmarks need
 	@e2e/deps.sh
+
+.PHONY: test-deps
+test-deps: ## install what the tests need, too: BIRD, FRR, QEMU with a kernel, etcd 3.4
+	@e2e/deps.sh test
 
 .PHONY: build
 build: $(PROGRAMS) ## build twilld, netctl, twill and the lab into build/bin
@@ -35,7 +39,7 @@ demo: deps build ## three hosts, an etcd, pods: see packets cross the overlay (K
 	@TWILL_BIN_DIR=$(BIN) $(BIN)/lab demo $(if $(KEEP),--keep)
 
 .PHONY: test
-test: deps lint build ## lint and all tests, with the race detector, on real kernels and etcd
+test: test-deps lint build ## lint and all tests, with the race detector, on real kernels and etcd
 	@e2e/test.sh
 
 .PHONY: bench

@@ -30,6 +30,7 @@ type Daemon struct {
 	store  *store.Etcd
 	kernel *kernel.Kernel
 	bgp    *bgp
+	paths  *pathProber
 
 	snapshot atomic.Pointer[overlay.Snapshot] // the last complete one; never taken back
 	claim    atomic.Pointer[claim]            // what the loop wants leased
@@ -75,6 +76,7 @@ func Run(ctx context.Context, cfg Config, version string, log *slog.Logger) erro
 	}
 	d.metrics = newMetrics(d)
 	d.bgp = &bgp{Daemon: d}
+	d.paths = newPathProber(log, d.storeBell.ring)
 	etcd := cfg.Etcd
 	etcd.Log = log
 	if d.store, err = store.OpenEtcd(etcd); err != nil {
@@ -94,6 +96,7 @@ func Run(ctx context.Context, cfg Config, version string, log *slog.Logger) erro
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.forever(ctx, "watch store", d.watchStore) })
 	g.Go(func() error { return d.forever(ctx, "watch kernel", d.watchKernel) })
+	g.Go(func() error { return d.forever(ctx, "probe paths", d.paths.run) })
 	g.Go(func() error { return d.keepLease(ctx) })
 	g.Go(func() error { return d.reconcile(ctx) })
 	for _, s := range servers {

@@ -89,7 +89,7 @@ func (d *Daemon) newLoop() *loop {
 	return &loop{
 		Daemon: d, node: node{Daemon: d},
 		former:  former{file: formerFile(d.cfg.SubnetFile)},
-		outside: []outside{&wireGuards{Daemon: d, devices: map[string]*wgtun.Device{}}, d.bgp},
+		outside: []outside{&udpTunnel{Daemon: d}, &wireGuards{Daemon: d, devices: map[string]*wgtun.Device{}}, d.bgp},
 	}
 }
 
@@ -189,7 +189,7 @@ func (l *loop) pass(ctx context.Context, why string, full bool) (changes int, fa
 		l.metrics.apply.Observe(time.Since(began).Seconds())
 	}
 	l.begin.Do(func() { close(l.written) })
-	l.logProblems(slices.Concat(l.found, l.node.problems(), l.clashes))
+	l.logProblems(slices.Concat(l.found, l.node.problems(), l.clashes, l.pathProblems()))
 	if l.blocked(refused) {
 		return 0, nil, errors.New(refused[0].String())
 	}
@@ -330,6 +330,7 @@ func (l *loop) desire(self overlay.Self) {
 	}
 	want, found := overlay.Desired(l.snap, self)
 	l.want, l.found, l.desired, l.self = &want, found, l.snap, self
+	l.paths.set(l.pathTargets())
 	mtu, err := overlay.PodMTU(l.running, self)
 	l.update(func(r *report) {
 		r.self, r.config = self, l.running
@@ -337,6 +338,34 @@ func (l *loop) desire(self overlay.Self) {
 			r.podMTU = mtu
 		}
 	})
+}
+
+// pathTargets are the peers that full packets of the uplink must reach.
+func (l *loop) pathTargets() []pathTarget {
+	var out []pathTarget
+	for _, lease := range l.snap.Leases {
+		for _, f := range []overlay.Family{overlay.IPv4, overlay.IPv6} {
+			if a := lease.Public(f); lease.Subnets != l.self.Subnets && a.IsValid() && lease.Err == nil {
+				out = append(out, pathTarget{Lease: lease.Key(), Addr: a, Needed: l.self.Uplink.MTU})
+			}
+		}
+	}
+	return out
+}
+
+// pathProblems names the peers on the way to which large packets are lost.
+func (l *loop) pathProblems() []overlay.Problem {
+	var out []overlay.Problem
+	for _, p := range l.paths.results() {
+		if p.Carries > 0 && p.Carries < p.Needed {
+			out = append(out, overlay.Problem{
+				Object: "path to " + p.Peer.String(),
+				Reason: fmt.Sprintf("carries packets of %d bytes at most, and those to lease %s may have %d", p.Carries, p.Lease, p.Needed),
+				Remedy: fmt.Sprintf("set the MTU of %s to %d on every node, or Backend.MTU of vxlan or wireguard, or mend the network between", l.self.Uplink.Name, p.Carries),
+			})
+		}
+	}
+	return out
 }
 
 func (l *loop) storeError() error {

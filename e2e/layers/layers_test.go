@@ -16,7 +16,7 @@ const module = "github.com/twill-net/twill/"
 // layers are in order: a package imports those of lower layers alone.
 var layers = [][]string{
 	{"pkg/overlay", "pkg/policy", "manifests"},
-	{"pkg/store", "pkg/kernel", "pkg/ipam", "pkg/udptun", "pkg/speaker"},
+	{"pkg/store", "pkg/kernel", "pkg/ipam", "pkg/udptun", "pkg/wgtun", "pkg/speaker", "pkg/speaker/router"},
 	{"pkg/pod", "pkg/deploy"},
 	// The daemon writes what the plugin (pod) reads; netctl reads what the daemon says.
 	{"pkg/netctl", "daemon"},

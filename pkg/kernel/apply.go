@@ -19,6 +19,9 @@ var errNotOurs = errors.New("the link does not bear the alias " + overlay.Alias)
 // hole, so that program makes it.
 var errNoDataPlane = errors.New("the device is made by the data plane, which is not running")
 
+// errRoutesLost: the next pass adds them.
+var errRoutesLost = errors.New("was a group and is none now, or the other way round: made anew, and the kernel has dropped its routes")
+
 // Apply makes the changes of a plan in its order and returns those that could
 // not be made. One failure stops nothing else.
 func (k *Kernel) Apply(ctx context.Context, plan overlay.Plan) []Failure {
@@ -219,14 +222,19 @@ func (a *applier) enqueue(op overlay.Op) {
 }
 
 // waits reports whether op must find the result of before, also of one that needed
-// a detour: a route its nexthop, a group its members.
-func waits(op, before overlay.Op) bool {
-	n, is := before.Object.(overlay.Nexthop)
-	if !is {
-		return false
+// a detour: a route its nexthop, a group its members; and the other way round the
+// deletion of a nexthop, which would take along a route that still uses it.
+func waits(op, before overlay.Op) bool { return rank(op) != rank(before) }
+
+func rank(op overlay.Op) int {
+	n, is := op.Object.(overlay.Nexthop)
+	switch {
+	case !is:
+		return 0
+	case n.Group == "":
+		return 1
 	}
-	next, is := op.Object.(overlay.Nexthop)
-	return !is || n.Group == "" && next.Group != ""
+	return 2
 }
 
 // encode writes the message that does op.
@@ -268,11 +276,21 @@ func (a *applier) send() {
 func (a *applier) answered(i int, err error) {
 	c := a.batched[i]
 	a.kernel.events.take(c.echo)
-	if g, onlink := gateway(c.op.Object); onlink && g.Is6() && c.op.Verb != overlay.Delete && errors.Is(err, unix.EINVAL) {
+	g, onlink := gateway(c.op.Object)
+	hidden := onlink && g.Is6() && c.op.Verb != overlay.Delete
+	if errors.Is(err, unix.EINVAL) && (hidden || regrouped(c.op)) {
 		a.refused = append(a.refused, c)
 		return
 	}
 	a.fail(c.op, err)
+}
+
+// regrouped reports whether op makes a group of a single nexthop object or the
+// other way round, which only a stranger's tampering calls for.
+func regrouped(op overlay.Op) bool {
+	have, ok := op.Before.(overlay.Nexthop)
+	want, _ := op.Object.(overlay.Nexthop)
+	return ok && op.Verb == overlay.Change && (have.Group == "") != (want.Group == "")
 }
 
 // gateway returns the gateway that an object leads to, and whether that is on
@@ -287,11 +305,25 @@ func gateway(o overlay.Object) (netip.Addr, bool) {
 	return netip.Addr{}, false
 }
 
-// detour makes a change that IPv6 refuses as long as another route leads to the
+// detour makes a change that the kernel refused.
+func (a *applier) detour(c change) error {
+	if !regrouped(c.op) {
+		return a.throughHostRoute(c)
+	}
+	for _, verb := range []overlay.Verb{overlay.Delete, overlay.Add} {
+		op := overlay.Op{Verb: verb, Object: c.op.Object}
+		if err := a.kernel.conn.request(func(e *encoder) { _, _ = encode(e, op, c.index) }, nil); err != nil {
+			return fmt.Errorf("%s: %w", verb, err)
+		}
+	}
+	return errRoutesLost
+}
+
+// throughHostRoute makes a change that IPv6 refuses as long as another route leads to the
 // gateway by another link: a wider one, or the very route that is to change
 // hands. For that moment the gateway gets a host route on its link; packets to
 // the pods behind it do not notice.
-func (a *applier) detour(c change) error {
+func (a *applier) throughHostRoute(c change) error {
 	g, _ := gateway(c.op.Object)
 	host := overlay.Route{Dst: netip.PrefixFrom(g, g.BitLen()), Metric: 1, Link: linkOf(c.op.Object), Protocol: overlay.Protocol}
 	conn := a.kernel.conn

@@ -73,7 +73,7 @@ func TestCanceled(t *testing.T) {
 // FuzzDecode feeds the decoders with anything: they may not panic.
 func FuzzDecode(f *testing.F) {
 	var e encoder
-	state := dualWorld(1).state()
+	state := tunnelWorld().state()
 	for _, n := range state.Nexthops {
 		if err := encodeNexthop(&e, overlay.Add, n, 3); err != nil {
 			f.Fatal(err)
@@ -89,6 +89,9 @@ func FuzzDecode(f *testing.F) {
 		e.end(1)
 	}
 	for _, l := range state.Links {
+		if l.Kind == overlay.KindTUN {
+			l.Kind, l.IPIP.Local = overlay.KindIPIP, underlayHost(overlay.IPv4, 1)
+		}
 		encodeNewLink(&e, l, 3)
 		e.end(1)
 	}
@@ -100,6 +103,8 @@ func FuzzDecode(f *testing.F) {
 			decodeRoute(body)
 			decodeHops(body)
 			decodeNexthop(body)
+			decodeGroup(body)
+			decodeWay(body)
 			decodeNeighbor(body)
 			_ = answer(h, body)
 		})

@@ -28,7 +28,7 @@ func (k *Kernel) Interfaces(ctx context.Context, canReach []netip.Addr) ([]overl
 }
 
 func (c *conn) interfaces(ctx context.Context, canReach []netip.Addr) ([]overlay.Iface, error) {
-	links, err := c.links(ctx)
+	links, err := c.links(ctx, "")
 	if err != nil {
 		return nil, err
 	}

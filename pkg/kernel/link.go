@@ -158,9 +158,12 @@ func macOf(b []byte) (m overlay.MAC) {
 	return m
 }
 
-// encodeLinkDump asks for all devices.
-func encodeLinkDump(e *encoder) {
+// encodeLinkDump asks for the devices of a kind, or for all if kind is empty.
+func encodeLinkDump(e *encoder, kind overlay.Kind) {
 	e.begin(unix.RTM_GETLINK, 0, unix.SizeofIfInfomsg)
+	if kind != "" {
+		e.nest(unix.IFLA_LINKINFO, func() { e.bytes(unix.IFLA_INFO_KIND, []byte(kind)) })
+	}
 	e.u32(unix.IFLA_EXT_MASK, skipStats)
 }
 

@@ -166,4 +166,3 @@ func (c *conn) linkIndex(name string) (uint32, error) {
 	}
 	return index, nil
 }
-

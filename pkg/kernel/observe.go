@@ -42,24 +42,36 @@ type observer struct {
 	ctx   context.Context
 	scope Scope
 	state overlay.State
-	own   []link            // the links that are ours or flannel's
-	names map[uint32]string // of all links
+	own   []link // the links that are ours or flannel's
+	// names holds the names of the links met so far; named says that these are all.
+	names map[uint32]string
+	named bool
 
 	wireguard *wireguard
 }
 
 func (o *observer) links() error {
-	links, err := o.conn.links(o.ctx)
+	found, err := o.conn.links(o.ctx, overlay.KindVXLAN)
 	if err != nil {
 		return err
 	}
-	for _, l := range links {
-		o.names[l.index] = l.Name
+	// The others are asked for by name: of a kind that it does not know, the kernel
+	// would list the links of all pods.
+	for _, name := range []string{overlay.UDPLink, overlay.WireGuardLink, overlay.WireGuardLinkV6, overlay.IPIPLink} {
+		err := o.conn.request(func(e *encoder) { encodeLinkGet(e, name) }, func(_ header, body []byte) {
+			if l := decodeLink(body); l.Kind != overlay.KindVXLAN { // listed already
+				found = append(found, l)
+			}
+		})
+		if err != nil && !absent(err) {
+			return fmt.Errorf("link %s: %w", name, err)
+		}
 	}
-	for _, l := range links {
+	for _, l := range found {
 		if !l.candidate() {
 			continue
 		}
+		o.names[l.index] = l.Name
 		parent, err := o.name(l.parent)
 		if err != nil {
 			return err
@@ -78,31 +90,58 @@ func (o *observer) links() error {
 	return nil
 }
 
-// links lists all devices.
-func (c *conn) links(ctx context.Context) ([]link, error) {
+// links lists the devices of a kind, or all if kind is empty.
+func (c *conn) links(ctx context.Context, kind overlay.Kind) ([]link, error) {
 	var out []link
-	err := c.dump(ctx, encodeLinkDump, func() { out = out[:0] }, func(_ header, body []byte) { out = append(out, decodeLink(body)) })
+	err := c.dump(ctx, func(e *encoder) { encodeLinkDump(e, kind) }, func() { out = out[:0] }, func(_ header, body []byte) {
+		if l := decodeLink(body); kind == "" || l.Kind == kind {
+			out = append(out, l)
+		}
+	})
 	if err != nil {
 		return nil, fmt.Errorf("links: %w", err)
 	}
 	return out, nil
 }
 
-// name returns the name of a link, or none if the link is gone by now.
-func (o *observer) name(index uint32) (string, error) {
-	name, ok := o.names[index]
-	if ok || index == 0 {
-		return name, nil
-	}
-	err := o.conn.request(func(e *encoder) { // younger than the list
+// linkAt reads the device of that index; a zero link if it is gone.
+func (c *conn) linkAt(index uint32) (l link, err error) {
+	err = c.request(func(e *encoder) {
 		beginLink(e, unix.RTM_GETLINK, index)
 		e.u32(unix.IFLA_EXT_MASK, skipStats)
-	}, func(_ header, body []byte) { name = decodeLink(body).Name })
+	}, func(_ header, body []byte) { l = decodeLink(body) })
 	if err != nil && !absent(err) {
-		return "", fmt.Errorf("link %d: %w", index, err)
+		return link{}, fmt.Errorf("link %d: %w", index, err)
 	}
-	o.names[index] = name
-	return name, nil
+	return l, nil
+}
+
+// fewLinks is how many links are asked for one by one: the uplink and the bridge
+// of the pods, on most nodes. Many more are read in one dump.
+const fewLinks = 8
+
+// name returns the name of a link, or none if the link is gone by now.
+func (o *observer) name(index uint32) (string, error) {
+	if name, ok := o.names[index]; ok || index == 0 || o.named {
+		return name, nil
+	}
+	if len(o.names) < fewLinks {
+		l, err := o.conn.linkAt(index)
+		if err != nil {
+			return "", err
+		}
+		o.names[index] = l.Name
+		return l.Name, nil
+	}
+	all, err := o.conn.links(o.ctx, "")
+	if err != nil {
+		return "", err
+	}
+	o.named = true
+	for _, l := range all {
+		o.names[l.index] = l.Name
+	}
+	return o.names[index], nil
 }
 
 func (o *observer) isOwn(index uint32) bool {

@@ -27,16 +27,7 @@ func (k *Kernel) Resolve(ctx context.Context, addrs []netip.Addr) (map[netip.Add
 	if len(addrs) == 0 {
 		return out, nil
 	}
-	links, err := k.conn.links(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("resolve: %w", err)
-	}
-	names := map[uint32]string{}
-	for _, l := range links {
-		if !l.candidate() {
-			names[l.index] = l.Name
-		}
-	}
+	names := map[uint32]string{0: ""}
 	for chunk := range slices.Chunk(addrs, resolveBatch) {
 		if err := ctx.Err(); err != nil {
 			return nil, err
@@ -46,12 +37,28 @@ func (k *Kernel) Resolve(ctx context.Context, addrs []netip.Addr) (map[netip.Add
 			return nil, fmt.Errorf("resolve: %w", err)
 		}
 		for i, w := range ways {
-			if name := names[w.oif]; name != "" && w.typ == unix.RTN_UNICAST && w.protocol != overlay.Protocol {
+			name, known := names[w.oif]
+			if !known {
+				if name, err = k.conn.underlayLink(w.oif); err != nil {
+					return nil, fmt.Errorf("resolve: %w", err)
+				}
+				names[w.oif] = name
+			}
+			if name != "" && w.typ == unix.RTN_UNICAST && w.protocol != overlay.Protocol {
 				out[chunk[i]] = overlay.Hop{Gateway: w.gateway, Link: name}
 			}
 		}
 	}
 	return out, nil
+}
+
+// underlayLink returns the name of a link, but none if it is an overlay's or gone.
+func (c *conn) underlayLink(index uint32) (string, error) {
+	l, err := c.linkAt(index)
+	if err != nil || l.candidate() {
+		return "", err
+	}
+	return l.Name, nil
 }
 
 // way is where packets for an address go.

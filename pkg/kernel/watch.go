@@ -63,7 +63,7 @@ type watcher struct {
 func (w *watcher) list(ctx context.Context) error {
 	w.kernel.mu.Lock()
 	defer w.kernel.mu.Unlock()
-	all, err := w.kernel.conn.links(ctx)
+	all, err := w.kernel.conn.links(ctx, "")
 	if err != nil {
 		return fmt.Errorf("watch %w", err)
 	}

@@ -52,18 +52,23 @@ func watching(t *testing.T, k *Kernel) (rang func() []string) {
 
 // TestOwnChangesAreSilent builds, changes and removes everything while watching.
 func TestOwnChangesAreSilent(t *testing.T) {
-	inNode(t, func(k *Kernel) {
+	inHost(t, func(k *Kernel) {
+		var d dataPlane
+		defer d.stop(world{})
 		w := dualWorld(500)
+		w.tunnelled, w.encrypted, w.grouped = 50, 100, 200
 		changed := w
-		changed.moved, changed.direct, changed.mtu, changed.host, changed.extraAddresses, changed.blackhole = 300, 100, 1300, 2, true, true
+		changed.moved, changed.direct, changed.mtu, changed.host, changed.extraAddresses, changed.blackhole = 300, 100, 1350, 2, true, true
 		changed.peers = changed.peers[:400]
 		plain := w
 		plain.nexthops = false
-		onlyLinks := world{families: w.families, vni: 1, port: 8472, mtu: 1400, mac: 1, host: 1, forward: "1"}
+		fewer := w
+		fewer.tunnelled, fewer.encrypted, fewer.grouped, fewer.parent = 100, 200, 210, 1
+		onlyLinks := world{tunnelled: 1, encrypted: 1, families: w.families, vni: 1, port: 8472, mtu: 1400, mac: 1, host: 1, forward: "1"}
 		observe(t, k)
 		rang := watching(t, k)
-		for i, step := range []world{w, changed, w, plain, w, onlyLinks} {
-			reconcile(t, k, step.state())
+		for i, step := range []world{w, changed, w, fewer, w, plain, w, onlyLinks} {
+			d.reconcile(t, k, step)
 			r := without(rang(), func(reason string) bool { return strings.HasPrefix(reason, "link flannel") })
 			if len(r) > 0 {
 				t.Errorf("step %d rang %d times, first for %s, last for %s", i, len(r), r[0], r[len(r)-1])
@@ -123,6 +128,48 @@ func TestForeignChangesRing(t *testing.T) {
 			}
 			sh(t, "ip addr replace 198.51.100.1/24 dev eth0; ip link set eth0 mtu 1500; ip route del default 2>/dev/null || true; ip route del 10.0.2.0/24 proto 3 2>/dev/null || true; ip -6 route del fd00:5:2::/64 proto 3 2>/dev/null || true")
 			reconcile(t, k, want)
+			rang()
+		}
+	})
+}
+
+// TestTunnelChangesRing is the same for the devices of data planes, and for groups.
+func TestTunnelChangesRing(t *testing.T) {
+	tests := []struct{ script, reason string }{
+		{"ip link set flannel0 mtu 1280", "link flannel0 changed"},
+		{"ip link set flannel0 down", "link flannel0 changed"},
+		{"ip link set flannel0 alias x", "link flannel0 changed"},
+		{"ip link set flannel0 carrier off; ip link set flannel0 carrier on", "link flannel0 changed"},
+		{"ip link set flannel-wg mtu 1280", "link flannel-wg changed"},
+		{"ip link set flannel-wg down", "link flannel-wg changed"},
+		{"ip link set far0 down; while ip nexthop | grep -q eth0; do sleep 0.01; done; ip link set far0 up", "link eth0 changed"},
+		{"ip addr del 10.0.0.0/32 dev flannel0", "address 10.0.0.0/32 on flannel0 deleted"},
+		{"ip addr del fd00:5::/128 dev flannel-wg", "address fd00:5::/128 on flannel-wg deleted"},
+		{"ip route del 10.0.0.0/12", "route 10.0.0.0/12 proto 84 deleted"},
+		{"ip route add 10.99.0.0/24 dev flannel-wg", "route 10.99.0.0/24 proto 3 added"},
+		{"ip nexthop del id $((4 << 24 | 1))", "nexthop 67108865 dev flannel0 deleted"},
+		{"ip nexthop replace id $((4 << 24 | 1)) dev flannel-wg proto 84", "nexthop 67108865 dev flannel-wg added"},
+		{"ip nexthop del id $((87 << 24 | 4 << 8 | 1))", "nexthop 1459618817 group 1442841600/1442841601 deleted"},
+		{"ip nexthop del id $((86 << 24 | 4 << 8))", "nexthop 1459618817 group 1442841601 added"},
+		{"ip nexthop replace id $((87 << 24 | 6 << 8)) group $((86 << 24 | 6 << 8)) proto 84", "nexthop 1459619328 group 1442842112 added"},
+		{"ip link del flannel-wg", "link flannel-wg deleted"},
+		{"ip link del flannel0", "link flannel0 deleted"},
+	}
+	inHost(t, func(k *Kernel) {
+		w := tunnelWorld()
+		var d dataPlane
+		defer d.stop(world{})
+		d.reconcile(t, k, w)
+		rang := watching(t, k)
+		for _, test := range tests {
+			sh(t, test.script)
+			if r := strings.Join(rang(), "\n"); !strings.Contains(r, test.reason) {
+				t.Errorf("%s: rang for %q, not for %q", test.script, r, test.reason)
+			}
+			if strings.HasPrefix(test.script, "ip link del") { // its program starts again
+				d.stop(world{})
+			}
+			d.reconcile(t, k, w)
 			rang()
 		}
 	})

@@ -27,10 +27,11 @@ type Daemon struct {
 	log     *slog.Logger
 	started time.Time
 
-	store  *store.Etcd
-	kernel *kernel.Kernel
-	bgp    *bgp
-	paths  *pathProber
+	store      *store.Etcd
+	kernel     *kernel.Kernel
+	bgp        *bgp
+	paths      *pathProber
+	extensions *extensions
 
 	snapshot atomic.Pointer[overlay.Snapshot] // the last complete one; never taken back
 	claim    atomic.Pointer[claim]            // what the loop wants leased
@@ -77,6 +78,7 @@ func Run(ctx context.Context, cfg Config, version string, log *slog.Logger) erro
 	d.metrics = newMetrics(d)
 	d.bgp = &bgp{Daemon: d}
 	d.paths = newPathProber(log, d.storeBell.ring)
+	d.extensions = newExtensions(d)
 	etcd := cfg.Etcd
 	etcd.Log = log
 	if d.store, err = store.OpenEtcd(etcd); err != nil {
@@ -97,6 +99,7 @@ func Run(ctx context.Context, cfg Config, version string, log *slog.Logger) erro
 	g.Go(func() error { return d.forever(ctx, "watch store", d.watchStore) })
 	g.Go(func() error { return d.forever(ctx, "watch kernel", d.watchKernel) })
 	g.Go(func() error { return d.forever(ctx, "probe paths", d.paths.run) })
+	g.Go(func() error { return d.extensions.run(ctx) })
 	g.Go(func() error { return d.keepLease(ctx) })
 	g.Go(func() error { return d.reconcile(ctx) })
 	for _, s := range servers {

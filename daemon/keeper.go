@@ -22,7 +22,8 @@ type claim struct {
 type keeper struct {
 	*Daemon
 	prefer overlay.Subnets
-	ours   bool // prefer was written or held by this process
+	ours   bool          // prefer was written or held by this process
+	last   overlay.Attrs // that prefer had then
 	// acted is the Snapshot of the last write: what it changed is only to be seen
 	// in a later one. (Revisions do not tell: those of a store that was restored
 	// from a backup, or made anew, are lower.)
@@ -68,7 +69,7 @@ func (k *keeper) decide(ctx context.Context) time.Duration {
 	if want == nil || snap == nil || snap == k.acted {
 		return 0
 	}
-	c := overlay.Claim{Attrs: want.attrs, Prefer: k.prefer, Held: k.ours}
+	c := overlay.Claim{Attrs: want.attrs, Prefer: k.prefer, Held: k.ours, Last: k.last}
 	step, err := c.Next(want.config, snap.Leases, rand.IntN)
 	if err != nil {
 		k.fail("no lease", err)
@@ -94,7 +95,7 @@ func (k *keeper) decide(ctx context.Context) time.Duration {
 	case !done:
 		k.log.Info("lease changed meanwhile, deciding again", "lease", step.Lease.Key())
 	case step.Act != overlay.Remove:
-		k.prefer, k.ours = step.Lease.Subnets, true
+		k.prefer, k.ours, k.last = step.Lease.Subnets, true, step.Lease.Attrs
 	case k.prefer == (overlay.Subnets{}):
 		k.prefer = step.Lease.Subnets // the family that still fits is kept
 	}
@@ -104,6 +105,7 @@ func (k *keeper) decide(ctx context.Context) time.Duration {
 // hold takes note that the store agrees with the claim.
 func (k *keeper) hold(l overlay.Lease) {
 	k.update(func(r *report) { r.leaseErr = "" })
+	k.last = l.Attrs
 	if old := k.held.Load(); old == nil || *old != l.Subnets {
 		if old != nil {
 			k.log.Warn("this node's subnet has changed; pods of the old one must be restarted", "old", old.Key(), "new", l.Key())

@@ -89,7 +89,7 @@ func (d *Daemon) newLoop() *loop {
 	return &loop{
 		Daemon: d, node: node{Daemon: d},
 		former:  former{file: formerFile(d.cfg.SubnetFile)},
-		outside: []outside{&udpTunnel{Daemon: d}, &wireGuards{Daemon: d, devices: map[string]*wgtun.Device{}}, d.bgp},
+		outside: []outside{&udpTunnel{Daemon: d}, &wireGuards{Daemon: d, devices: map[string]*wgtun.Device{}}, d.bgp, d.extensions},
 	}
 }
 
@@ -166,6 +166,7 @@ func (l *loop) pass(ctx context.Context, why string, full bool) (changes int, fa
 			return 0, nil, fmt.Errorf("read the kernel's state: %w", err)
 		}
 		if l.applied != nil {
+			state.KeepRoamed(l.applied)
 			deviations, _ := overlay.Diff(state, *l.applied)
 			l.recordDrift(deviations, why)
 		}
@@ -189,7 +190,7 @@ func (l *loop) pass(ctx context.Context, why string, full bool) (changes int, fa
 		l.metrics.apply.Observe(time.Since(began).Seconds())
 	}
 	l.begin.Do(func() { close(l.written) })
-	l.logProblems(slices.Concat(l.found, l.node.problems(), l.clashes, l.pathProblems()))
+	l.logProblems(slices.Concat(l.found, l.node.problems(), l.clashes, l.pathProblems(), l.extensions.problems()))
 	if l.blocked(refused) {
 		return 0, nil, errors.New(refused[0].String())
 	}
@@ -330,7 +331,8 @@ func (l *loop) desire(self overlay.Self) {
 	}
 	want, found := overlay.Desired(l.snap, self)
 	l.want, l.found, l.desired, l.self = &want, found, l.snap, self
-	l.paths.set(l.pathTargets())
+	snap := l.snap
+	l.paths.aim(func() []pathTarget { return pathTargets(snap, self) })
 	mtu, err := overlay.PodMTU(l.running, self)
 	l.update(func(r *report) {
 		r.self, r.config = self, l.running
@@ -341,12 +343,12 @@ func (l *loop) desire(self overlay.Self) {
 }
 
 // pathTargets are the peers that full packets of the uplink must reach.
-func (l *loop) pathTargets() []pathTarget {
+func pathTargets(snap *overlay.Snapshot, self overlay.Self) []pathTarget {
 	var out []pathTarget
-	for _, lease := range l.snap.Leases {
+	for _, l := range snap.Leases {
 		for _, f := range []overlay.Family{overlay.IPv4, overlay.IPv6} {
-			if a := lease.Public(f); lease.Subnets != l.self.Subnets && a.IsValid() && lease.Err == nil {
-				out = append(out, pathTarget{Lease: lease.Key(), Addr: a, Needed: l.self.Uplink.MTU})
+			if a := l.Public(f); l.Subnets != self.Subnets && a.IsValid() && l.Err == nil {
+				out = append(out, pathTarget{Lease: l.Key(), Addr: a, Needed: self.Uplink.MTU})
 			}
 		}
 	}
@@ -356,14 +358,12 @@ func (l *loop) pathTargets() []pathTarget {
 // pathProblems names the peers on the way to which large packets are lost.
 func (l *loop) pathProblems() []overlay.Problem {
 	var out []overlay.Problem
-	for _, p := range l.paths.results() {
-		if p.Carries > 0 && p.Carries < p.Needed {
-			out = append(out, overlay.Problem{
-				Object: "path to " + p.Peer.String(),
-				Reason: fmt.Sprintf("carries packets of %d bytes at most, and those to lease %s may have %d", p.Carries, p.Lease, p.Needed),
-				Remedy: fmt.Sprintf("set the MTU of %s to %d on every node, or Backend.MTU of vxlan or wireguard, or mend the network between", l.self.Uplink.Name, p.Carries),
-			})
-		}
+	for _, p := range l.paths.tooNarrow() {
+		out = append(out, overlay.Problem{
+			Object: "path to " + p.Peer.String(),
+			Reason: fmt.Sprintf("carries packets of %d bytes at most, and those to lease %s may have %d", p.Carries, p.Lease, p.Needed),
+			Remedy: fmt.Sprintf("set the MTU of %s to %d on every node, or Backend.MTU of vxlan or wireguard, or mend the network between", l.self.Uplink.Name, p.Carries),
+		})
 	}
 	return out
 }

@@ -114,6 +114,12 @@ func (n *node) equip(ctx context.Context, b overlay.BackendConfig) error {
 			n.self.MAC = n.vtep(overlay.VXLANLink(overlay.IPv4, n.vni), n.leased.VTEP.MAC)
 			n.self.MACv6 = n.vtep(overlay.VXLANLink(overlay.IPv6, n.vni), n.leased.VTEPv6.MAC)
 		}
+	case "extension":
+		data, err := n.extensions.data(ctx, b.Extension)
+		if err != nil {
+			return err
+		}
+		n.self.ExtensionData = data
 	case "wireguard":
 		if n.self.WGKey != (overlay.WGKey{}) {
 			return nil

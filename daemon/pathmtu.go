@@ -2,12 +2,14 @@ package daemon
 
 import (
 	"cmp"
+	"container/heap"
 	"context"
 	"log/slog"
 	"net/netip"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/twill-net/twill/pkg/overlay"
@@ -37,10 +39,26 @@ type pathProber struct {
 	gap, timeout time.Duration
 
 	changed bell // the targets are others
+	aimed   atomic.Pointer[func() []pathTarget]
 
 	mu     sync.Mutex
 	states map[pathTarget]*pathState
+	queue  pathQueue // of those that are not being probed
 	free   time.Time // when the next packet may be sent
+}
+
+// pathQueue is a heap: the target that has been due for longest comes first.
+type pathQueue []*pathState
+
+func (q pathQueue) Len() int           { return len(q) }
+func (q pathQueue) Less(i, j int) bool { return q[i].due.Before(q[j].due) }
+func (q pathQueue) Swap(i, j int)      { q[i], q[j] = q[j], q[i] }
+func (q *pathQueue) Push(x any)        { *q = append(*q, x.(*pathState)) }
+func (q *pathQueue) Pop() any {
+	last := len(*q) - 1
+	x := (*q)[last]
+	*q = (*q)[:last]
+	return x
 }
 
 type pathState struct {
@@ -63,6 +81,13 @@ func newPathProber(log *slog.Logger, bell func(why string)) *pathProber {
 	}
 }
 
+// aim says where the targets are to be had. It costs the caller nothing: with ten
+// thousand peers, listing them at every change of one would.
+func (p *pathProber) aim(targets func() []pathTarget) {
+	p.aimed.Store(&targets)
+	p.changed.ring("targets")
+}
+
 // set says what to probe from now on. What is known of targets that stay is kept.
 func (p *pathProber) set(targets []pathTarget) {
 	p.mu.Lock()
@@ -76,16 +101,34 @@ func (p *pathProber) set(targets []pathTarget) {
 		}
 	}
 	p.states = states
+	p.requeue()
 	p.changed.ring("targets")
+}
+
+func (p *pathProber) requeue() {
+	p.queue = p.queue[:0]
+	for _, s := range p.states {
+		if !s.probing {
+			p.queue = append(p.queue, s)
+		}
+	}
+	heap.Init(&p.queue)
 }
 
 // results returns what is known of the present targets.
 func (p *pathProber) results() []overlay.PathMTU {
+	return p.those(func(s *pathState) bool { return !s.at.IsZero() })
+}
+
+// tooNarrow returns the targets that full packets do not reach.
+func (p *pathProber) tooNarrow() []overlay.PathMTU { return p.those((*pathState).narrow) }
+
+func (p *pathProber) those(which func(*pathState) bool) []overlay.PathMTU {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var all []overlay.PathMTU
 	for _, s := range p.states {
-		if !s.at.IsZero() {
+		if which(s) {
 			all = append(all, overlay.PathMTU{Peer: s.Addr, Lease: s.Lease, Needed: s.Needed, Carries: s.carries, At: s.at})
 		}
 	}
@@ -144,6 +187,9 @@ func (p *pathProber) run(ctx context.Context) error {
 // take waits until a target is due.
 func (p *pathProber) take(ctx context.Context) (*pathState, error) {
 	for {
+		if targets := p.aimed.Swap(nil); targets != nil {
+			p.set((*targets)())
+		}
 		s, wait := p.next()
 		if s != nil {
 			return s, nil
@@ -165,18 +211,13 @@ func (p *pathProber) take(ctx context.Context) (*pathState, error) {
 func (p *pathProber) next() (*pathState, time.Duration) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	var first *pathState
-	for _, s := range p.states {
-		if !s.probing && (first == nil || s.due.Before(first.due)) {
-			first = s
-		}
-	}
-	if first == nil {
+	if len(p.queue) == 0 {
 		return nil, pathPeriod
 	}
-	if wait := time.Until(first.due); wait > 0 {
+	if wait := time.Until(p.queue[0].due); wait > 0 {
 		return nil, wait
 	}
+	first := heap.Pop(&p.queue).(*pathState)
 	first.probing = true
 	return first, 0
 }
@@ -190,6 +231,9 @@ func (p *pathProber) finish(ctx context.Context, s *pathState, carries int) {
 	}
 	before, was := s.narrow(), s.carries
 	s.carries, s.at, s.due = carries, time.Now(), time.Now().Add(jitter(pathPeriod))
+	if p.states[s.pathTarget] == s {
+		heap.Push(&p.queue, s)
+	}
 	ring := p.states[s.pathTarget] == s && (s.narrow() != before || before && was != carries)
 	p.mu.Unlock()
 	p.changed.ring("probed") // it may be due before what take waits for

@@ -148,6 +148,7 @@ func again(p *pathProber) {
 	for _, s := range p.states {
 		s.due, s.at = time.Time{}, time.Time{}
 	}
+	p.requeue()
 	p.changed.ring("test")
 }
 

@@ -19,6 +19,9 @@ type Claim struct {
 	// done, or there was nothing to write. The write counts, or two nodes with one
 	// address might overwrite each other for ever, unseen.
 	Held bool
+	// Last is what Prefer said when it was last written or held: if it still says
+	// so it is ours, whatever has changed on this node since.
+	Last Attrs
 }
 
 // Act is what has to be written to the store.
@@ -84,12 +87,12 @@ func (c Claim) keep(cfg Config, own, winner *Lease) (Step, error) {
 }
 
 // own finds the node's lease: the one it holds, even if its own address has
-// changed since; else one that bears its address, with its VTEP if there is a
+// changed since; else one that bears its address, with its identity if there is a
 // choice, the oldest of those.
 //
-// A lease we hold that now bears our address but another VTEP was written by
-// somebody with the same address. Both see it, and both let the lower MAC have
-// it: the other looks for a subnet of its own.
+// A lease we hold that now bears our address but another identity was written by
+// somebody with the same address. Both see it, and both let the lower one have it:
+// the other looks for a subnet of its own.
 func (c Claim) own(leases []*Lease) *Lease {
 	var best *Lease
 	for _, l := range leases {
@@ -107,28 +110,36 @@ func (c Claim) own(leases []*Lease) *Lease {
 	return best
 }
 
-// contested reports whether the lease bears a VTEP that is not ours.
+// contested reports whether the lease bears an identity that is not ours. That of
+// another backend tells nothing: the node may have had it.
 func (c Claim) contested(l *Lease) bool {
-	return l.vtepMAC() != MAC{} && l.vtepMAC() != c.Attrs.vtepMAC()
+	return l.Backend == c.Attrs.Backend && l.identity() != "" && l.identity() != c.Attrs.identity()
 }
 
 func (c Claim) defeated(l *Lease) bool {
-	theirs, ours := l.vtepMAC(), c.Attrs.vtepMAC()
-	return c.contested(l) && slices.Compare(theirs[:], ours[:]) < 0
+	return c.contested(l) && l.identity() < c.Attrs.identity()
 }
 
-// lastOurs reports whether our VTEP stands in the lease: then it is ours even
-// under another address, and it is our address that has changed.
+// lastOurs reports whether the lease is ours even under another address: it is our
+// address that has changed.
 func (c Claim) lastOurs(l *Lease) bool {
-	return l.vtepMAC() != MAC{} && l.vtepMAC() == c.Attrs.vtepMAC()
+	return c.Held && l.Attrs == c.Last || l.identity() != "" && l.identity() == c.Attrs.identity()
 }
 
-// vtepMAC tells two nodes with the same address apart.
-func (a Attrs) vtepMAC() MAC {
-	if a.VTEP.MAC != (MAC{}) {
-		return a.VTEP.MAC
+// identity tells two nodes with the same address apart: the MAC of the VTEP, or the
+// public key. The other backends publish nothing of the kind.
+func (a Attrs) identity() string {
+	for _, mac := range []MAC{a.VTEP.MAC, a.VTEPv6.MAC} {
+		if mac != (MAC{}) {
+			return string(mac[:])
+		}
 	}
-	return a.VTEPv6.MAC
+	for _, key := range []WGKey{a.WireGuard.PublicKey, a.WireGuardV6.PublicKey} {
+		if key != (WGKey{}) {
+			return string(key[:])
+		}
+	}
+	return ""
 }
 
 func (c Claim) better(a, b *Lease) bool {

@@ -441,3 +441,58 @@ func TestDeriveMAC(t *testing.T) {
 		t.Error("two uplinks without a MAC derive the same")
 	}
 }
+
+// A node whose address changes keeps its subnet, whatever the backend: by what
+// tells it apart, or by what the lease said when it was last its own.
+func TestClaimAfterAddressChange(t *testing.T) {
+	cfg := config(t, backendJSON(false, `{"Type":"host-gw"}`))
+	draw := func(int) int { return 0 }
+	for _, backend := range []string{"host-gw", "bgp", "", "wireguard", "vxlan"} {
+		own := peerLease("10.5.2.0-24", 2)
+		if backend != "vxlan" {
+			by(backend)(&own)
+		}
+		moved := own.Attrs
+		moved.PublicIP = ip("198.51.100.222")
+		c := Claim{Attrs: moved, Prefer: own.Subnets, Held: true, Last: own.Attrs}
+		step, err := c.Next(cfg, []*Lease{&own}, draw)
+		if err != nil || step.Act != Update || step.Lease.Subnets != own.Subnets || step.Lease.Attrs != moved {
+			t.Errorf("%q: %s %s (%s), %v; want an update of the same subnet", backend, step.Act, step.Lease.Key(), step.Why, err)
+		}
+		// Another process knows only the subnet: an identity is needed.
+		step, err = Claim{Attrs: moved, Prefer: own.Subnets}.Next(cfg, []*Lease{&own}, draw)
+		if want := map[bool]Act{true: Update, false: Create}[own.identity() != ""]; err != nil || step.Act != want {
+			t.Errorf("%q after a restart: %s, %v; want %s", backend, step.Act, err, want)
+		}
+	}
+}
+
+// A node that moves to another backend writes over its own lease, and does not take
+// it for that of a node with the same address.
+func TestClaimAfterBackendChange(t *testing.T) {
+	cfg := config(t, v4JSON)
+	for _, was := range []string{"vxlan", "wireguard", "host-gw", ""} {
+		for _, is := range []string{"vxlan", "wireguard", "host-gw", ""} {
+			own, next := peerLease("10.5.2.0-24", 2), peerLease("10.5.2.0-24", 2)
+			by(was)(&own)
+			by(is)(&next)
+			if was == "vxlan" {
+				own = peerLease("10.5.2.0-24", 2)
+			}
+			if is == "vxlan" {
+				next = peerLease("10.5.2.0-24", 2)
+			}
+			for _, held := range []bool{true, false} {
+				c := Claim{Attrs: next.Attrs, Prefer: own.Subnets, Held: held, Last: own.Attrs}
+				step, err := c.Next(cfg, []*Lease{&own}, func(int) int { return 0 })
+				want := Update
+				if was == is {
+					want = Hold
+				}
+				if err != nil || step.Act != want || step.Lease.Subnets != own.Subnets {
+					t.Errorf("from %q to %q: %s %s, %v; want %s", was, is, step.Act, step.Lease.Key(), err, want)
+				}
+			}
+		}
+	}
+}

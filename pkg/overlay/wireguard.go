@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 )
@@ -19,6 +20,14 @@ type WireGuard struct {
 
 // WGKey is a Curve25519 key, private or public, or a preshared key.
 type WGKey [32]byte
+
+// Clamp returns a private key as Curve25519 uses it (RFC 7748, section 5), which is
+// how the kernel gives it back.
+func (k WGKey) Clamp() WGKey {
+	k[0] &= 248
+	k[31] = k[31]&127 | 64
+	return k
+}
 
 // Public returns the public key of a private one.
 func (k WGKey) Public() WGKey {
@@ -66,6 +75,17 @@ func (a WGPeer) compare(b WGPeer) int {
 		return c
 	}
 	return strings.Compare(string(a.PublicKey[:]), string(b.PublicKey[:]))
+}
+
+// KeepRoamed takes a peer's endpoint as it was set where the device has learned
+// another one from the peer's packets: it is the peer that roams, and nobody else's
+// doing.
+func (s *State) KeepRoamed(set *State) {
+	for i, p := range s.WGPeers {
+		if j, ok := slices.BinarySearchFunc(set.WGPeers, p, WGPeer.compare); ok {
+			s.WGPeers[i].Endpoint = set.WGPeers[j].Endpoint
+		}
+	}
 }
 
 func (a WGPeer) String() string {

@@ -43,16 +43,14 @@ func readKey(path string) (overlay.WGKey, error) {
 	if key == (overlay.WGKey{}) {
 		return overlay.WGKey{}, fmt.Errorf("read WireGuard key: the key in %s is zero; remove the file to get a new key", path)
 	}
-	return key, nil
+	return key.Clamp(), nil
 }
 
 // makeKey writes the key under another name first: the file never exists with half
 // of it, and link(2) replaces none that is there.
 func makeKey(path string) (key overlay.WGKey, err error) {
 	rand.Read(key[:]) // never fails (crypto/rand)
-	// As Curve25519 would use it (RFC 7748, section 5), and `wg genkey` writes it.
-	key[0] &= 248
-	key[31] = key[31]&127 | 64
+	key = key.Clamp() // as `wg genkey` writes it
 
 	dir := filepath.Dir(path)
 	if err := os.MkdirAll(dir, 0o755); err != nil {

@@ -86,10 +86,12 @@ func (d *Daemon) reconcile(ctx context.Context) error {
 }
 
 func (d *Daemon) newLoop() *loop {
+	udp := newUDPTunnel(d)
+	udp.resume()
 	return &loop{
 		Daemon: d, node: node{Daemon: d},
 		former:  former{file: formerFile(d.cfg.SubnetFile)},
-		outside: []outside{&udpTunnel{Daemon: d}, &wireGuards{Daemon: d, devices: map[string]*wgtun.Device{}}, d.bgp, d.extensions},
+		outside: []outside{udp, &wireGuards{Daemon: d, devices: map[string]*wgtun.Device{}}, d.bgp, d.extensions},
 	}
 }
 

@@ -2,54 +2,128 @@ package daemon
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
-	"slices"
+	"os"
+	"path/filepath"
+	"reflect"
 
 	"github.com/twill-net/twill/pkg/overlay"
+	"github.com/twill-net/twill/pkg/pod"
 	"github.com/twill-net/twill/pkg/udptun"
 )
 
-// udpTunnel runs the tunnel of backend udp.
+// udpTunnel runs the tunnel of backend udp. No packet passes while no process does,
+// so it comes back before anything else: with the peers that a file remembers,
+// without the store, and with the queues that the service manager kept.
 type udpTunnel struct {
 	*Daemon
+	file   string
 	tunnel *udptun.Tunnel
-	port   uint16
-	peers  []overlay.UDPPeer // that the tunnel was given
+	set    overlay.UDP // what the tunnel was given
+}
+
+func newUDPTunnel(d *Daemon) *udpTunnel {
+	return &udpTunnel{Daemon: d, file: udpFile(d.cfg.SubnetFile)}
+}
+
+// udpFile is beside subnet.env.
+func udpFile(subnetFile string) string {
+	return filepath.Join(filepath.Dir(subnetFile), "twill-udp.json")
+}
+
+// resume goes on where the last process stopped, if it ran a tunnel.
+func (u *udpTunnel) resume() {
+	content, err := os.ReadFile(u.file)
+	if err != nil {
+		return
+	}
+	var last overlay.UDP
+	if err := json.Unmarshal(content, &last); err == nil {
+		err = u.open(last)
+	}
+	if err != nil {
+		u.log.Warn("the UDP tunnel waits for the store", "error", err)
+	}
 }
 
 func (u *udpTunnel) prepare(_ context.Context, want *overlay.State) error {
-	udp := want.Outside.UDP
-	if udp == nil {
+	next := want.Outside.UDP
+	if next == nil {
 		return nil
 	}
-	if u.tunnel != nil && (u.port != udp.Port || u.dead()) {
+	if u.tunnel != nil && (u.set.Port != next.Port || u.dead()) {
 		u.close()
 	}
 	if u.tunnel == nil {
-		err := udptun.Make(overlay.UDPLink)
-		var t *udptun.Tunnel
-		if err == nil {
-			t, err = udptun.Open(udptun.Options{Device: overlay.UDPLink, Port: udp.Port, Log: u.log})
+		if err := u.open(*next); err != nil {
+			return err
 		}
-		if err != nil {
-			return fmt.Errorf("run the UDP tunnel: %w", err)
-		}
-		u.tunnel, u.port, u.peers = t, udp.Port, nil
+	} else if !reflect.DeepEqual(u.set, *next) {
+		u.tunnel.SetOwn(next.Own)
+		u.tunnel.SetPeers(peersOf(*next))
+		u.set = *next
 	}
-	if !slices.Equal(u.peers, udp.Peers) {
-		var peers []udptun.Peer
-		for _, p := range udp.Peers {
-			peers = append(peers, udptun.Peer{Subnet: p.Subnet, Addr: p.Addr})
-		}
-		u.tunnel.SetPeers(peers)
-		u.peers = udp.Peers
+	return u.remember()
+}
+
+func (u *udpTunnel) open(next overlay.UDP) error {
+	if err := udptun.Make(overlay.UDPLink); err != nil {
+		return fmt.Errorf("run the UDP tunnel: %w", err)
+	}
+	kept := keptFiles()
+	t, err := udptun.Open(udptun.Options{
+		Device: overlay.UDPLink, Port: next.Port, Own: next.Own, Peers: peersOf(next), Files: kept, Log: u.log,
+	})
+	for _, f := range kept {
+		f.Close()
+	}
+	if err != nil {
+		return fmt.Errorf("run the UDP tunnel: %w", err)
+	}
+	u.tunnel, u.set = t, next
+	files, err := t.Files()
+	if err == nil {
+		err = keepFiles(files)
+	}
+	if err != nil {
+		u.log.Warn("the service manager does not keep the tunnel's queues: a restart drops packets", "error", err)
 	}
 	return nil
 }
 
+func peersOf(u overlay.UDP) []udptun.Peer {
+	out := make([]udptun.Peer, 0, len(u.Peers))
+	for _, p := range u.Peers {
+		out = append(out, udptun.Peer{Subnet: p.Subnet, Addr: p.Addr})
+	}
+	return out
+}
+
+// remember writes the tunnel's peers down for the next process.
+func (u *udpTunnel) remember() error {
+	content, err := json.Marshal(u.set)
+	if err != nil {
+		return err
+	}
+	if old, err := os.ReadFile(u.file); err == nil && string(old) == string(content) {
+		return nil
+	}
+	if err := os.MkdirAll(filepath.Dir(u.file), 0o755); err != nil {
+		return err
+	}
+	return pod.ReplaceFile(u.file, content, 0o644)
+}
+
 func (u *udpTunnel) retire(_ context.Context, want *overlay.State) {
-	if want.Outside.UDP == nil && u.tunnel != nil {
-		u.close()
+	if want.Outside.UDP != nil || u.tunnel == nil {
+		return
+	}
+	u.close()
+	forgetFiles()
+	if err := os.Remove(u.file); err != nil && !errors.Is(err, os.ErrNotExist) {
+		u.log.Warn("forget the UDP tunnel's peers", "error", err)
 	}
 }
 

@@ -19,7 +19,7 @@ type diffReport struct {
 
 type change struct {
 	Verb   string `json:"verb"`   // add, change, delete
-	Kind   string `json:"kind"`   // link, addr, nexthop, route, neigh, fdb, sysctl, chain
+	Kind   string `json:"kind"`   // link, addr, nexthop, route, neigh, fdb, wgpeer, sysctl, chain
 	Object string `json:"object"` // as it shall be, in ip(8) words; as it is if it goes
 	Before string `json:"before,omitempty"`
 }
@@ -49,7 +49,7 @@ netctl status and netctl leases exit with 1 for them.`,
 
 func (a *app) runDiff(ctx context.Context) error {
 	s := a.look(ctx, false)
-	for _, err := range []error{s.kernelErr, s.storeErr} {
+	for _, err := range []error{s.selfErr, s.kernelErr, s.storeErr} {
 		if err != nil {
 			return err
 		}
@@ -87,6 +87,9 @@ func (a *app) printDiff(s *sight, report diffReport) {
 		switch op.Verb {
 		case overlay.Change:
 			_, before, _ := strings.Cut(report.Changes[i].Before, " ")
+			if report.Changes[i].Before == report.Changes[i].Object {
+				before = "the same with another secret" // no object prints one
+			}
 			line = cell{fmt.Sprintf("~ %s (was %s)", op, before), doubt}
 		case overlay.Delete:
 			line = cell{"- " + op.String(), bad}

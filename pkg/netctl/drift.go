@@ -66,6 +66,9 @@ func (a *app) printDrift(entries []overlay.Drift) error {
 	t.header("TIME", "KIND", "WHAT", "BEFORE", "AFTER", "WOKEN BY")
 	for _, d := range entries {
 		before, after := strings.TrimPrefix(d.Before, d.Kind+" "), strings.TrimPrefix(d.After, d.Kind+" ")
+		if before == after {
+			before = "the same with another secret" // no object prints one
+		}
 		if after == d.What {
 			after = "restored"
 		}

@@ -21,8 +21,9 @@ const (
 	nodePending = "pending" // written after the revision the daemon has seen
 	nodeDiffers = "differs" // the kernel has something else
 	nodeProblem = "problem" // it makes no sense to this node
-	nodeStale   = "stale"   // the kernel has a route, the store no lease
-	nodeKernel  = "kernel"  // the kernel has a route; the store could not be read
+	nodeOutside = "outside" // Twill is not to carry packets there
+	nodeStale   = "stale"   // the kernel has a route that nobody asks for
+	nodeKernel  = "kernel"  // the kernel has a route; whether it is right is not known
 	nodeUnknown = "unknown" // the node's view could not be had
 )
 
@@ -41,17 +42,32 @@ type leaseRow struct {
 	PublicIPs  []netip.Addr   `json:"publicIPs"`
 	Backend    string         `json:"backend,omitempty"`
 	VTEPs      []vtep         `json:"vteps"`
+	WireGuard  []wgNode       `json:"wireguard,omitempty"`
+	BGP        *bgpNode       `json:"bgp,omitempty"`
 	Reserved   bool           `json:"reserved"`
 	ExpiresIn  *int64         `json:"expiresInSeconds,omitempty"`
 	Created    int64          `json:"createdRevision,omitempty"`
 	Modified   int64          `json:"modifiedRevision,omitempty"`
 	NodeView   string         `json:"nodeView"`
 	NodeDetail []string       `json:"nodeDetail,omitempty"`
+
+	unreadable bool // the value does not parse
 }
 
 type vtep struct {
 	MAC overlay.MAC `json:"mac"`
 	VNI uint32      `json:"vni"`
+}
+
+type wgNode struct {
+	PublicKey overlay.WGKey `json:"publicKey"`
+	Port      uint16        `json:"port,omitempty"` // absent: the configuration's
+}
+
+type bgpNode struct {
+	ASNumber  uint32     `json:"asNumber"`
+	Port      uint16     `json:"port"`
+	ClusterID netip.Addr `json:"clusterID"` // not empty: of a route reflector
 }
 
 func (a *app) leases() *cobra.Command {
@@ -62,7 +78,10 @@ func (a *app) leases() *cobra.Command {
 		Long: `Show every node's lease as the store has it, and in NODE VIEW what this node
 makes of it: "this node", "ok", what the kernel lacks or has otherwise
 ("route missing", "fdb → 203.0.113.9"), "not in the daemon yet", a problem, or
-"no lease" for a route in the kernel that no lease asks for.
+"no lease" for a route in the kernel that nobody asks for.
+DATA is what the node publishes for its backend: the VTEP MAC of vxlan, the
+public key and port of wireguard, the AS number of bgp and the cluster id of a
+route reflector.
 
 Reads the leases in the store; the kernel; and from twilld what this node is and
 which revision it has seen. If one side cannot be read, the other is shown, a
@@ -81,8 +100,8 @@ note says why, and the exit code is 2.
 func (a *app) runLeases(ctx context.Context, ttl bool) error {
 	s := a.look(ctx, ttl)
 	if s.storeErr != nil && s.kernelErr != nil {
-		a.note(s.kernelErr)
-		return s.storeErr
+		a.noteMissing(s)
+		return errPartial
 	}
 	report := s.leaseReport()
 	if a.json() {
@@ -92,13 +111,9 @@ func (a *app) runLeases(ctx context.Context, ttl bool) error {
 	} else if err := a.printLeases(s, report); err != nil {
 		return err
 	}
-	for _, err := range []error{s.storeErr, s.kernelErr} {
-		if err != nil {
-			a.note(err)
-		}
-	}
 	switch {
-	case s.storeErr != nil || s.kernelErr != nil:
+	case !s.complete():
+		a.noteMissing(s)
 		return errPartial
 	case len(report.Problems) > 0 || slices.ContainsFunc(report.Leases, leaseRow.wrong):
 		return errDiffers
@@ -112,15 +127,16 @@ func (r leaseRow) wrong() bool {
 
 func (a *app) printLeases(s *sight, report leaseReport) error {
 	t := a.table()
-	t.header("SUBNET", "PUBLIC IP", "BACKEND", "VTEP MAC", "LEASE", "NODE VIEW")
+	t.header("SUBNET", "PUBLIC IP", "BACKEND", "DATA", "LEASE", "NODE VIEW")
 	for _, r := range report.Leases {
 		backend := r.Backend
-		if backend == "" && !r.Reserved && r.Key != "" {
+		if backend == "" && !r.Reserved && r.Key != "" && !r.unreadable {
 			backend = "udp or alloc" // flannel writes neither
 		}
-		cells := texts(list(r.Subnets), list(r.PublicIPs), orDash(backend), r.macs(s.commonVNI()), r.life())
+		cells := texts(list(r.Subnets), list(r.PublicIPs), orDash(backend), r.data(s.commonVNI()), r.life())
 		t.row(append(cells, r.view())...)
 	}
+	t.dropEmpty("DATA")
 	if err := t.print(a.stdout); err != nil {
 		return err
 	}
@@ -138,18 +154,42 @@ func (a *app) printLeases(s *sight, report leaseReport) error {
 
 // commonVNI is the one that needs no mention.
 func (s *sight) commonVNI() uint32 {
-	if s.selfErr == nil {
-		return s.self.Config.Backend.VXLAN.VNI
+	for _, b := range s.accepted() {
+		if b.Type == "vxlan" {
+			return b.VXLAN.VNI
+		}
 	}
-	return s.snap.Config.Backend.VXLAN.VNI
+	return 1 // the default
 }
 
-func (r leaseRow) macs(common uint32) string {
+// data is what the node publishes for its backend, short.
+func (r leaseRow) data(common uint32) string {
 	var out []string
 	for _, v := range r.VTEPs {
 		text := v.MAC.String()
 		if v.VNI != common {
 			text += fmt.Sprintf(" (VNI %d)", v.VNI)
+		}
+		out = append(out, text)
+	}
+	for i, w := range r.WireGuard {
+		switch same := i > 0 && w.PublicKey == r.WireGuard[i-1].PublicKey; {
+		case w.Port == 0 && same:
+		case w.Port == 0:
+			out = append(out, "key "+shortKey(w.PublicKey))
+		case same: // the device for IPv6
+			out[len(out)-1] += fmt.Sprintf(",%d", w.Port)
+		default:
+			out = append(out, fmt.Sprintf("key %s port %d", shortKey(w.PublicKey), w.Port))
+		}
+	}
+	if b := r.BGP; b != nil {
+		text := fmt.Sprintf("AS %d", b.ASNumber)
+		if b.Port != 179 {
+			text += fmt.Sprintf(" port %d", b.Port)
+		}
+		if b.ClusterID.IsValid() {
+			text += " reflector " + b.ClusterID.String()
 		}
 		out = append(out, text)
 	}
@@ -175,6 +215,8 @@ func (r leaseRow) view() cell {
 		return cell{"this node", good}
 	case nodeOK:
 		return cell{"ok", good}
+	case nodeOutside:
+		return cell{detail, plain}
 	case nodeVacant:
 		return cell{"not taken yet", plain}
 	case nodePending:

@@ -116,7 +116,7 @@ It changes nothing. Reading the kernel's firewall needs root.
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return fmt.Errorf("%w; see %s --help", err, c.CommandPath())
 	})
-	root.AddCommand(a.leases(), a.routes(), a.status(), a.diff(), a.drift(), a.version())
+	root.AddCommand(a.leases(), a.routes(), a.status(), a.diff(), a.drift(), a.bgp(), a.version())
 	return root
 }
 

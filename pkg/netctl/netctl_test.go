@@ -67,7 +67,7 @@ func TestGolden(t *testing.T) {
 		{"diff-sabotaged", "diff", sabotaged, 1},
 		{"diff-sabotaged-json", "diff -o json", sabotaged, 1},
 		{"diff-foreign-link", "diff", func(_ *testing.T, w *world) { l := &w.have.Links[0]; l.Alias, l.VXLAN.Port = "", 8472 }, 1},
-		{"diff-refused-config", "diff", func(_ *testing.T, w *world) { w.snap.Config.Backend.Type = "host-gw" }, 0},
+		{"diff-refused-config", "diff", func(_ *testing.T, w *world) { w.snap.Config.Backend.Type = "ipsec" }, 0},
 		{"diff-starting", "diff", starting, 2},
 		{"diff-no-store", "diff", noStore, 2},
 		{"drift-none", "drift", fine, 0},
@@ -233,8 +233,8 @@ func TestRealStore(t *testing.T) {
 func TestHelp(t *testing.T) {
 	a := &app{getenv: func(string) string { return "" }}
 	commands := a.root().Commands()
-	if len(commands) != 6 {
-		t.Errorf("%d commands, want 6", len(commands))
+	if len(commands) != 7 {
+		t.Errorf("%d commands, want 7", len(commands))
 	}
 	for _, c := range commands {
 		if c.Short == "" || !strings.Contains(c.Long, "Exit code: 0") || c.Example == "" {

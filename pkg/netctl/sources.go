@@ -126,8 +126,13 @@ func (a *app) look(ctx context.Context, ttl bool) *sight {
 	if s.selfErr == nil && len(s.self.Config.Networks()) == 0 {
 		s.selfErr = fmt.Errorf("twilld has not taken up a lease yet: %s", s.status.Reason)
 	}
-	if s.kernelErr = s.selfErr; s.kernelErr == nil {
+	switch {
+	case s.selfErr == nil:
 		s.have, s.kernelErr = a.observe(ctx, s.self)
+	case s.snap != nil: // the stored configuration tells as well what to look at
+		s.have, s.kernelErr = a.observe(ctx, SelfReply{Config: s.snap.Config})
+	default:
+		s.kernelErr = s.selfErr
 	}
 	if s.complete() {
 		s.compare()
@@ -198,7 +203,47 @@ func asRoot(doing string, err error) error {
 }
 
 // complete reports whether the store's and the node's view are both there.
-func (s *sight) complete() bool { return s.snap != nil && s.kernelErr == nil }
+func (s *sight) complete() bool { return s.snap != nil && s.selfErr == nil && s.kernelErr == nil }
+
+// noteMissing says what could not be read, and what is not known for it.
+func (a *app) noteMissing(s *sight) {
+	for i, err := range []error{s.selfErr, s.storeErr, s.kernelErr} {
+		if err != nil && (i < 2 || err != s.selfErr) {
+			a.note(err)
+		}
+	}
+	if s.selfErr != nil && s.kernelErr == nil {
+		a.note(errors.New("nothing is compared: which subnet, keys and options this node has, and which routes it learned by BGP, only twilld knows"))
+	}
+}
+
+// accepted returns the backends that packets may come by: the running one, the
+// former ones, and last the stored one, which may be on its way.
+func (s *sight) accepted() []overlay.BackendConfig {
+	var out []overlay.BackendConfig
+	if s.selfErr == nil {
+		out = append(append(out, s.self.Config.Backend), s.self.Self.Former...)
+	}
+	if s.snap != nil {
+		out = append(out, s.snap.Config.Backend)
+	}
+	return out
+}
+
+// backendOf names what a node publishes; empty: nothing, or it cannot be told.
+// flannel leaves the type out for udp and alloc; which of the two it is, this
+// node's own backends say.
+func (s *sight) backendOf(l *overlay.Lease) string {
+	if l.Backend != "" || l.Reserved() || l.Err != nil {
+		return l.Backend
+	}
+	for _, b := range s.accepted() {
+		if b.Carries(l) {
+			return b.Type
+		}
+	}
+	return ""
+}
 
 // compare does what the daemon's next pass does, with the configuration that the
 // daemon runs: one that it refused is a problem, not a plan.

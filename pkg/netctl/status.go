@@ -17,6 +17,17 @@ type statusReport struct {
 	overlay.Status
 	Uplink uplinkReport  `json:"uplink"`
 	Kernel *kernelReport `json:"kernel"` // null if it could not be read
+	// Accepts are the former backends that packets still may come by.
+	Accepts []acceptReport `json:"accepts"`
+	// PeersBy counts the peers by backend; null if the store could not be read.
+	PeersBy map[string]int `json:"peersByBackend"`
+}
+
+// acceptReport is a former backend.
+type acceptReport struct {
+	Backend string `json:"backend"`
+	VNI     uint32 `json:"vni,omitempty"`
+	Peers   *int   `json:"peers"` // that publish it; null if the store could not be read
 }
 
 type uplinkReport struct {
@@ -36,8 +47,24 @@ type kernelReport struct {
 	Routes   int `json:"routes"`
 	Neighs   int `json:"neighs"`
 	FDB      int `json:"fdb"`
+	WGPeers  int `json:"wgPeers"`
 	Chains   int `json:"chains"`
 	Foreign  int `json:"foreignRoutes"`
+
+	Devices []deviceReport `json:"devices"`
+}
+
+// deviceReport is a link of Twill.
+type deviceReport struct {
+	Name string       `json:"name"`
+	Kind overlay.Kind `json:"kind"`
+	Up   bool         `json:"up"`
+	MTU  int          `json:"mtu"`            // bytes
+	VNI  uint32       `json:"vni,omitempty"`  // of VXLAN
+	Port uint16       `json:"port,omitempty"` // UDP, of VXLAN, WireGuard and the UDP tunnel
+	// PublicKey is WireGuard's; absent: no WireGuard answers for the device.
+	PublicKey *overlay.WGKey `json:"publicKey,omitempty"`
+	Peers     *int           `json:"peers,omitempty"` // of WireGuard
 }
 
 func (a *app) status() *cobra.Command {
@@ -45,10 +72,12 @@ func (a *app) status() *cobra.Command {
 		Use:   "status",
 		Short: "Show the state of twilld on this node",
 		Long: `Show whether twilld on this node is ready and if not, why; its store, lease,
-uplink, networks and peers; its last pass over the kernel; how many objects of
-Twill the kernel holds; and every problem with its remedy.
+uplink, networks and peers; the former backends it accepts while the cluster
+moves to another; its last pass over the kernel; Twill's devices and how many
+objects the kernel holds; and every problem with its remedy.
 
-Reads twilld's local API and the kernel.
+Reads twilld's local API, the kernel, and to count peers by backend the leases in
+the store, if twilld is connected to it.
 ` + exitCodes + `
 Not ready, not connected to the store, a change that the kernel refused, and any
 problem count as something wrong.`,
@@ -66,29 +95,31 @@ func (a *app) runStatus(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	s := &sight{status: st}
 	report := reportOf(st)
-	var kernelErr error
-	if self, err := within(ctx, a.timeout, client.Self); err != nil {
-		kernelErr = err
-	} else if have, err := a.observe(ctx, self); err != nil {
-		kernelErr = err
-	} else {
-		report.Kernel = countKernel(have)
+	if s.self, s.selfErr = within(ctx, a.timeout, client.Self); s.selfErr != nil {
+		s.kernelErr = s.selfErr
+	} else if s.have, s.kernelErr = a.observe(ctx, s.self); s.kernelErr == nil {
+		report.Kernel = countKernel(s.have, s.accepted())
 	}
+	if st.Store.Connected {
+		_ = a.readStore(ctx, s, false) // costs the counts of peers, no more
+	}
+	report.PeersBy, report.Accepts = s.peersBy(), s.acceptReports()
 	if a.json() {
 		err = a.printJSON(report)
 	} else {
 		err = a.printStatus(report)
 	}
-	if kernelErr != nil {
-		a.note(kernelErr)
+	if s.kernelErr != nil {
+		a.note(s.kernelErr)
 	}
 	switch {
 	case err != nil:
 		return err
 	case !st.Ready || !st.Store.Connected || len(st.Pass.Failures)+len(st.Problems) > 0:
 		return errDiffers
-	case kernelErr != nil:
+	case s.kernelErr != nil:
 		return errPartial
 	}
 	return nil
@@ -103,13 +134,6 @@ func reportOf(s overlay.Status) statusReport {
 	return statusReport{
 		Status: s,
 		Uplink: uplinkReport{u.Name, u.MTU, u.V4, u.V6, orEmpty(u.OnLink), u.Why},
-	}
-}
-
-func countKernel(s overlay.State) *kernelReport {
-	return &kernelReport{
-		Links: len(s.Links), Addrs: len(s.Addrs), Nexthops: len(s.Nexthops), Routes: len(s.Routes),
-		Neighs: len(s.Neighs), FDB: len(s.FDB), Chains: len(s.Chains), Foreign: len(s.Foreign),
 	}
 }
 
@@ -146,10 +170,16 @@ func (a *app) printStatus(s statusReport) error {
 	} else {
 		line("backend", plain, "%s, pod MTU %d bytes", s.Backend, s.PodMTU)
 	}
-	line("peers", plain, "%d", s.Peers)
+	line("peers", plain, "%s", s.peers())
+	for _, b := range s.Accepts {
+		line("accepts", plain, "%s", b)
+	}
 	a.passLines(s, line)
 	if k := s.Kernel; k != nil {
 		line("kernel", plain, "%s", k)
+		for _, d := range k.Devices {
+			line("device", d.style(), "%s", d)
+		}
 	}
 	line("drift", plain, "%s repaired since the start", count(int(s.Drifts), "object", "objects"))
 	if len(s.Problems) == 0 {
@@ -179,15 +209,6 @@ func (a *app) passLines(s statusReport, line func(name string, st style, format 
 	for _, f := range p.Failures {
 		line("refused", bad, "%s", f)
 	}
-}
-
-func (k *kernelReport) String() string {
-	return strings.Join([]string{
-		count(k.Links, "link", "links"), count(k.Addrs, "address", "addresses"),
-		count(k.Nexthops, "nexthop", "nexthops"), count(k.Routes, "route", "routes"),
-		count(k.Neighs, "neighbour", "neighbours"), count(k.FDB, "FDB entry", "FDB entries"),
-		count(k.Chains, "chain", "chains"), count(k.Foreign, "foreign route", "foreign routes"),
-	}, ", ")
 }
 
 func valid(addrs ...netip.Addr) []netip.Addr {

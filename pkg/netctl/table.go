@@ -3,6 +3,7 @@ package netctl
 import (
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -34,6 +35,20 @@ func (t *table) row(cells ...cell) { t.rows = append(t.rows, cells) }
 
 func (t *table) header(names ...string) {
 	t.row(texts(names...)...)
+}
+
+// dropEmpty leaves out those of the named columns that hold dashes alone.
+func (t *table) dropEmpty(names ...string) {
+	head := t.rows[0]
+	for i := len(head) - 1; i >= 0; i-- {
+		says := func(row []cell) bool { return row[i].text != "-" }
+		if !slices.Contains(names, head[i].text) || slices.ContainsFunc(t.rows[1:], says) {
+			continue
+		}
+		for r, row := range t.rows {
+			t.rows[r] = slices.Delete(row, i, i+1)
+		}
+	}
 }
 
 func texts(s ...string) []cell {

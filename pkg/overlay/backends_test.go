@@ -1,8 +1,10 @@
 package overlay
 
 import (
+	"encoding/json"
 	"fmt"
 	"net/netip"
+	"reflect"
 	"strings"
 	"testing"
 )
@@ -125,7 +127,7 @@ func learned(s *Self) {
 func printOutside(o Outside) string {
 	var b strings.Builder
 	if u := o.UDP; u != nil {
-		fmt.Fprintf(&b, "udp port %d\n", u.Port)
+		fmt.Fprintf(&b, "udp port %d own %v\n", u.Port, u.Own)
 		for _, p := range u.Peers {
 			fmt.Fprintf(&b, "    %s to %s\n", p.Subnet, p.Addr)
 		}
@@ -183,6 +185,26 @@ func TestPodMTUOfEveryBackend(t *testing.T) {
 		got, err := PodMTU(config(t, backendJSON(c.v6, c.backend)), Self{Uplink: Uplink{MTU: 1500}})
 		if err != nil || got != c.want {
 			t.Errorf("%s, IPv6 %t: %d, %v, want %d", c.backend, c.v6, got, err, c.want)
+		}
+	}
+}
+
+// What a node knows of itself goes to netctl and to the process after this one as
+// JSON, and comes back as it was.
+func TestSelfAsJSON(t *testing.T) {
+	for _, s := range backendScenes() {
+		c := config(t, s.config)
+		self := Self{Subnets: subnetsOf("10.5.1.0-24"), WGKey: WGKey{7}.Clamp(), Former: []BackendConfig{c.Backend}}
+		if s.self != nil {
+			s.self(&self)
+		}
+		content, err := json.Marshal(self)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var back Self
+		if err := json.Unmarshal(content, &back); err != nil || !reflect.DeepEqual(back.Former, self.Former) || !reflect.DeepEqual(back.RIB, self.RIB) || back.WGKey != self.WGKey {
+			t.Errorf("%s: %v\n%s", s.name, err, content)
 		}
 	}
 }

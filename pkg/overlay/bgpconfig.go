@@ -57,6 +57,12 @@ func (c Community) String() string { return fmt.Sprintf("%d:%d", uint32(c)>>16, 
 // MarshalText makes a Community a string in JSON.
 func (c Community) MarshalText() ([]byte, error) { return []byte(c.String()), nil }
 
+// UnmarshalText is the inverse of MarshalText.
+func (c *Community) UnmarshalText(text []byte) (err error) {
+	*c, err = ParseCommunity(string(text))
+	return err
+}
+
 // ParseCommunity is the inverse of Community.String.
 func ParseCommunity(s string) (Community, error) {
 	hi, lo, ok := strings.Cut(s, ":")

@@ -257,7 +257,7 @@ func (d *draft) carrierOf(own []carrier, l *Lease) (backend, error) {
 	case l.Backend == "vxlan" && own[0].Type == "vxlan": // of another VNI: to be said why not
 		return own[0].backend, nil
 	}
-	return nil, fmt.Errorf("its backend is %q, ours is %s; it takes the stored configuration up when its daemon reads it", l.Backend, d.cfg.Backend.Type)
+	return nil, fmt.Errorf("its backend is %s, ours is %s; it takes the stored configuration up when its daemon reads it", cmp.Or(l.Backend, "udp or alloc"), d.cfg.Backend.Type)
 }
 
 func (d *draft) pool(f Family) *Pool {

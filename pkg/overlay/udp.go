@@ -9,6 +9,7 @@ const UDPLink = "flannel0"
 // to the peer, as in flannel.
 type UDP struct {
 	Port  uint16
+	Own   []netip.Prefix // this node's subnets: it takes packets for them alone
 	Peers []UDPPeer
 }
 
@@ -40,7 +41,7 @@ func (u udp) own(d *draft) {
 		network := d.pool(f).Network
 		d.state.Routes = append(d.state.Routes, Route{Dst: network, Link: UDPLink, Metric: defaultMetric(network), Protocol: Protocol})
 	}
-	d.state.Outside.UDP = &UDP{Port: u.port}
+	d.state.Outside.UDP = &UDP{Port: u.port, Own: d.self.All()}
 }
 
 func (u udp) peer(d *draft, l *Lease, f Family) error {

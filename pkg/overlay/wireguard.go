@@ -89,7 +89,11 @@ func (s *State) KeepRoamed(set *State) {
 }
 
 func (a WGPeer) String() string {
-	s := fmt.Sprintf("wgpeer %s dev %s endpoint %s allowed-ips %s", a.PublicKey, a.Link, a.Endpoint, a.AllowedIPs)
+	s := fmt.Sprintf("wgpeer %s dev %s", a.PublicKey, a.Link)
+	if a.Endpoint.IsValid() {
+		s += fmt.Sprintf(" endpoint %s", a.Endpoint)
+	}
+	s += " allowed-ips " + cmp.Or(a.AllowedIPs, "none")
 	if a.PSK != (WGKey{}) {
 		s += " preshared-key (not shown)"
 	}

@@ -86,7 +86,7 @@ func benchPlanes(b *testing.B, p *pair) []plane {
 func iperf(args ...string) func(testing.TB, *pair, netip.Addr) float64 {
 	return func(t testing.TB, p *pair, to netip.Addr) float64 {
 		t.Helper()
-		out := p.run(t, 0, "iperf3", append([]string{"-J", "-t", "2", "-c", to.String()}, args...)...)
+		out := p.run(t, 0, "timeout", append([]string{"10", "iperf3", "-J", "-t", "2", "-c", to.String()}, args...)...)
 		var r struct {
 			End struct {
 				Received struct {

@@ -84,6 +84,10 @@ func (c child) tunnel() error {
 	}
 	t.SetPeers(c.Peers)
 	fmt.Println("ready")
+	go func() {
+		<-t.Done()
+		fmt.Println("ended:", t.Err())
+	}()
 	waitSignal()
 	fmt.Printf("%+v\n", t.Stats())
 	return t.Close()

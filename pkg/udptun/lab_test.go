@@ -81,6 +81,11 @@ const (
 func (p *pair) addDevice(t testing.TB, i int) {
 	t.Helper()
 	p.ip(t, i, "tuntap add mode tun multi_queue vnet_hdr name "+device)
+	p.configureDevice(t, i)
+}
+
+func (p *pair) configureDevice(t testing.TB, i int) {
+	t.Helper()
 	p.ip(t, i, "link set "+device+" mtu 1452 up")
 	p.ip(t, i, fmt.Sprintf("addr add %s/32 dev %s", inner(i)[0], device))
 	p.ip(t, i, fmt.Sprintf("addr add %s/128 dev %s nodad", inner(i)[1], device))

@@ -41,10 +41,9 @@ func (s *sender) run() error {
 			if !s.t.stop.wait(fds) {
 				return nil
 			}
-		case e == unix.EINTR:
-		case e != 0:
-			return fmt.Errorf("read %s: %w", s.t.opts.Device, e)
-		case n < vnetLen:
+		case e == unix.EBADFD:
+			return fmt.Errorf("read: %w: somebody has deleted the device", e)
+		case e != 0, n < vnetLen: // one packet that the kernel cannot describe
 			s.count.drop(dropMalformed, 1)
 		default:
 			s.at += (64 - vnetLen + n + 63) &^ 63

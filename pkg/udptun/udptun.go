@@ -42,6 +42,8 @@ type Options struct {
 	// destinations are dropped: the kernel would only send them back into it.
 	// Empty: all packets are for this node.
 	Own []netip.Prefix
+	// Peers to begin with: what the kernel has queued in Files is sent at once.
+	Peers []Peer
 	// Queues of the device, each with a socket per family and a thread per
 	// direction. 0: as many as there are processors, at most 8.
 	Queues int
@@ -84,7 +86,7 @@ func Open(o Options) (*Tunnel, error) {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
 	t := &Tunnel{opts: o, done: make(chan struct{})}
-	t.table.Store(newTable(o.Own, nil))
+	t.table.Store(newTable(o.Own, o.Peers))
 	if err := t.open(); err != nil {
 		t.release()
 		return nil, fmt.Errorf("open tunnel %s: %w", o.Device, err)

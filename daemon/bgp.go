@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"sync"
+	"sync/atomic"
 
 	"github.com/twill-net/twill/pkg/overlay"
 	"github.com/twill-net/twill/pkg/speaker"
@@ -15,6 +16,12 @@ import (
 // that is configured for it.
 type bgp struct {
 	*Daemon
+
+	// What the external router is to do, and why it does not. A reload takes its
+	// time: a task does it beside the loop.
+	wish   atomic.Pointer[overlay.BGP]
+	bell   bell
+	failed atomic.Pointer[overlay.Problem]
 
 	mu      sync.Mutex // guards what follows, which the local API reads too
 	speaker *speaker.Speaker
@@ -29,27 +36,66 @@ func (b *bgp) prepare(ctx context.Context, want *overlay.State) error {
 	if facts == nil {
 		return nil
 	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
 	if b.cfg.BGP.External {
-		if b.router == nil {
-			o := b.cfg.Router
-			o.Log = b.log
-			r, err := router.New(o)
-			if err != nil {
-				return fmt.Errorf("configure the router: %w", err)
-			}
-			b.router = r
-		}
-		if _, err := b.router.Set(ctx, *facts); err != nil {
-			return fmt.Errorf("configure the router: %w", err)
-		}
+		b.wish.Store(facts)
+		b.bell.ring("pass")
 		return nil
 	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	if b.speaker == nil {
 		b.speaker = speaker.New(speaker.Options{Log: b.log, Bell: b.storeBell.ring})
 	}
 	return b.speaker.Set(ctx, *facts)
+}
+
+// run is the task that configures the external router.
+func (b *bgp) run(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-b.bell:
+		}
+		err := b.configure(ctx, *b.wish.Load())
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		var p *overlay.Problem
+		if err != nil {
+			p = &overlay.Problem{Object: "router " + b.cfg.Router.Kind, Reason: err.Error(), Remedy: "it goes on with what it has; this is tried again in every full pass"}
+		}
+		if old := b.failed.Swap(p); (old == nil) != (p == nil) || p != nil && *old != *p {
+			b.storeBell.ring("router") // so that it is told
+		}
+	}
+}
+
+func (b *bgp) configure(ctx context.Context, facts overlay.BGP) error {
+	b.mu.Lock()
+	r := b.router
+	b.mu.Unlock()
+	if r == nil {
+		o := b.cfg.Router
+		o.Log = b.log
+		var err error
+		if r, err = router.New(o); err != nil {
+			return err
+		}
+		b.mu.Lock()
+		b.router = r
+		b.mu.Unlock()
+	}
+	_, err := r.Set(ctx, facts)
+	return err
+}
+
+// problems says why the external router is not as it should be.
+func (b *bgp) problems() []overlay.Problem {
+	if p := b.failed.Load(); p != nil {
+		return []overlay.Problem{*p}
+	}
+	return nil
 }
 
 func (b *bgp) retire(ctx context.Context, want *overlay.State) {

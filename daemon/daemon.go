@@ -76,7 +76,7 @@ func Run(ctx context.Context, cfg Config, version string, log *slog.Logger) erro
 		written: make(chan struct{}),
 	}
 	d.metrics = newMetrics(d)
-	d.bgp = &bgp{Daemon: d}
+	d.bgp = &bgp{Daemon: d, bell: newBell()}
 	d.paths = newPathProber(log, d.storeBell.ring)
 	d.extensions = newExtensions(d)
 	etcd := cfg.Etcd
@@ -100,6 +100,7 @@ func Run(ctx context.Context, cfg Config, version string, log *slog.Logger) erro
 	g.Go(func() error { return d.forever(ctx, "watch kernel", d.watchKernel) })
 	g.Go(func() error { return d.forever(ctx, "probe paths", d.paths.run) })
 	g.Go(func() error { return d.extensions.run(ctx) })
+	g.Go(func() error { return d.bgp.run(ctx) })
 	g.Go(func() error { return d.keepLease(ctx) })
 	g.Go(func() error { return d.reconcile(ctx) })
 	for _, s := range servers {

@@ -31,13 +31,14 @@ func keepFiles(files []*os.File) error {
 		return nil
 	}
 	forgetFiles() // those of an earlier tunnel
-	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: socket, Net: "unixgram"})
+	// Package net passes files over unconnected datagram sockets alone.
+	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Net: "unixgram"})
 	if err != nil {
 		return fmt.Errorf("reach the service manager: %w", err)
 	}
 	defer conn.Close()
 	for _, f := range files {
-		_, _, e := conn.WriteMsgUnix([]byte("FDSTORE=1\nFDNAME="+fdName), unix.UnixRights(int(f.Fd())), nil)
+		_, _, e := conn.WriteMsgUnix([]byte("FDSTORE=1\nFDNAME="+fdName), unix.UnixRights(int(f.Fd())), &net.UnixAddr{Name: socket, Net: "unixgram"})
 		err = errors.Join(err, e)
 	}
 	if err != nil {

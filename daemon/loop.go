@@ -161,6 +161,8 @@ func (l *loop) pass(ctx context.Context, why string, full bool) (changes int, fa
 		return 0, nil, err
 	}
 	failures = l.prepare(ctx)
+	// What prepare has made is in the kernel, and not in what was applied.
+	full = full || l.wantsTUN()
 	have := l.applied
 	if full {
 		state, err := l.kernel.Observe(ctx, kernel.ScopeOf(l.running, *l.want, l.self.Uplink))
@@ -192,7 +194,7 @@ func (l *loop) pass(ctx context.Context, why string, full bool) (changes int, fa
 		l.metrics.apply.Observe(time.Since(began).Seconds())
 	}
 	l.begin.Do(func() { close(l.written) })
-	l.logProblems(slices.Concat(l.found, l.node.problems(), l.clashes, l.pathProblems(), l.extensions.problems()))
+	l.logProblems(slices.Concat(l.found, l.node.problems(), l.clashes, l.pathProblems(), l.extensions.problems(), l.bgp.problems()))
 	if l.blocked(refused) {
 		return 0, nil, errors.New(refused[0].String())
 	}
@@ -209,6 +211,14 @@ func (l *loop) pass(ctx context.Context, why string, full bool) (changes int, fa
 	l.applied = l.want
 	l.publish()
 	return len(plan), nil, errors.Join(l.handOff(), l.former.save(l.running.Backend))
+}
+
+// wantsTUN reports whether a program of user space has a device to make that was
+// not there at the last pass.
+func (l *loop) wantsTUN() bool {
+	return slices.ContainsFunc(l.want.Links, func(w overlay.Link) bool {
+		return w.Kind == overlay.KindTUN && (l.applied == nil || !l.applied.HasLink(w.Name))
+	})
 }
 
 // publish asks the keeper to lease what the node is. Before a node says that it is

@@ -69,6 +69,8 @@ type Program struct {
 	Path string
 	Args []string
 	Env  []string // added to the environment, "NAME=value"
+	// Files are open in the process from descriptor 3 on.
+	Files []*os.File
 	// Name of the process in its log's name; empty is the base name of Path.
 	Name string
 	// Stdout, if set, gets the standard output in place of the log.
@@ -131,6 +133,7 @@ func (p *Process) start() error {
 	}
 	cmd := p.ns.Command(context.Background(), p.prog.Path, p.prog.Args...)
 	cmd.Env = append(cmd.Env, p.prog.Env...)
+	cmd.ExtraFiles = p.prog.Files
 	cmd.Stdout, cmd.Stderr = log, log
 	if p.prog.Stdout != nil {
 		cmd.Stdout = p.prog.Stdout

@@ -104,6 +104,13 @@ func (s *source) load() error {
 		return fmt.Errorf("read %s: %w", name, err)
 	}
 	if s.file != "" {
+		dir, err := os.Stat(filepath.Dir(s.file))
+		if err == nil && !dir.IsDir() {
+			err = errors.New("it is no directory")
+		}
+		if err != nil {
+			return fmt.Errorf("use templates of %s: %w; make the directory, or leave it out to use the built-in templates", filepath.Dir(s.file), err)
+		}
 		info, err := os.Stat(s.file)
 		if err == nil {
 			modTime, size, name = info.ModTime(), info.Size(), s.file
@@ -175,12 +182,12 @@ func symbol(a netip.Addr) string {
 	}, a.WithZone("").String())
 }
 
-// words makes a text one line of printable ASCII that ends no string, and begins
-// no comment.
+// words makes a text one line of printable ASCII, of one word at least, that ends
+// no string and begins no comment.
 func words(s string) string {
-	return strings.Join(strings.FieldsFunc(s, func(r rune) bool {
+	return cmp.Or(strings.Join(strings.FieldsFunc(s, func(r rune) bool {
 		return r > unicode.MaxASCII || !unicode.IsPrint(r) || strings.ContainsRune(" \"\\|?!#", r)
-	}), " ")
+	}), " "), "-")
 }
 
 // quoteBIRD writes a string for BIRD 2, which knows no escapes.

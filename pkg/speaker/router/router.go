@@ -6,6 +6,7 @@ package router
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -38,7 +39,7 @@ type Options struct {
 	Check []string
 	// Reload makes the running router take the file up; empty:
 	//	birdc configure "{file}"
-	//	/usr/lib/frr/frr-reload.py --reload --stdout --confdir DIR {file}
+	//	/usr/lib/frr/frr-reload.py --reload --stdout --log-level warning --confdir DIR {file}
 	// The latter is in Debian's frr-pythontools. It is what takes away what is no
 	// longer in the file: vtysh -f only adds.
 	Reload []string
@@ -62,7 +63,7 @@ func kindOf(name, config string) (kind, error) {
 	switch name {
 	case "bird":
 		return kind{
-			name: "bird", template: "bird.conf.tmpl", config: "/etc/bird/bird.conf",
+			name: "bird", template: "bird.conf.tmpl", config: cmp.Or(config, "/etc/bird/bird.conf"),
 			check:  []string{"bird", "-p", "-c", "{file}"},
 			reload: []string{"birdc", "configure", `"{file}"`},
 			show:   []string{"birdc", "-r", "show", "protocols", "all"},
@@ -70,13 +71,11 @@ func kindOf(name, config string) (kind, error) {
 			remedy: "is bird running, with this file? see its log",
 		}, nil
 	case "frr":
-		if config == "" {
-			config = "/etc/frr/frr.conf"
-		}
+		config = cmp.Or(config, "/etc/frr/frr.conf")
 		return kind{
 			name: "frr", template: "frr.conf.tmpl", config: config,
 			check:  []string{"vtysh", "-C", "-f", "{file}"},
-			reload: []string{"/usr/lib/frr/frr-reload.py", "--reload", "--stdout", "--confdir", filepath.Dir(config), "{file}"},
+			reload: []string{"/usr/lib/frr/frr-reload.py", "--reload", "--stdout", "--log-level", "warning", "--confdir", filepath.Dir(config), "{file}"},
 			show:   []string{"vtysh", "-c", "show bgp summary json"},
 			quote:  wordFRR, sessions: frrSessions,
 			remedy: "are zebra and bgpd running (bgpd=yes in /etc/frr/daemons), is frr-pythontools installed? see FRR's log",
@@ -104,22 +103,14 @@ func New(o Options) (*Router, error) {
 	if err != nil {
 		return nil, err
 	}
-	override(&k.config, o.Config)
-	overrideAll(&k.check, o.Check)
-	overrideAll(&k.reload, o.Reload)
-	overrideAll(&k.show, o.Show)
+	override(&k.check, o.Check)
+	override(&k.reload, o.Reload)
+	override(&k.show, o.Show)
 	r := &Router{kind: k, config: k.config, log: o.Log, source: source{kind: k}}
 	if r.log == nil {
 		r.log = slog.New(slog.DiscardHandler)
 	}
 	if o.Templates != "" {
-		info, err := os.Stat(o.Templates)
-		if err == nil && !info.IsDir() {
-			err = errors.New("it is no directory")
-		}
-		if err != nil {
-			return nil, fmt.Errorf("use templates of %s: %w; make the directory, or leave it out to use the built-in templates", o.Templates, err)
-		}
 		r.source.file = filepath.Join(o.Templates, k.template)
 	}
 	if err := r.source.load(); err != nil {
@@ -128,13 +119,7 @@ func New(o Options) (*Router, error) {
 	return r, nil
 }
 
-func override(to *string, s string) {
-	if s != "" {
-		*to = s
-	}
-}
-
-func overrideAll(to *[]string, s []string) {
+func override(to *[]string, s []string) {
 	if len(s) > 0 {
 		*to = s
 	}
@@ -205,7 +190,7 @@ func (r *Router) run(ctx context.Context, command []string, file string) (string
 	for i := range args {
 		args[i] = strings.ReplaceAll(args[i], "{file}", file)
 	}
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 	cmd.WaitDelay = time.Second

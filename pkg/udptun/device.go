@@ -69,6 +69,8 @@ func attachError(name string, err error) error {
 	switch {
 	case errors.Is(err, unix.EPERM):
 		return fmt.Errorf("attach to %s: %w: needs CAP_NET_ADMIN", name, err)
+	case errors.Is(err, unix.ENOTTY):
+		return fmt.Errorf("attach to %s: %w: %s is another device here: in a container allow and mount the real one, and give CAP_NET_ADMIN", name, err, cloneDevice)
 	case errors.Is(err, unix.EINVAL):
 		return fmt.Errorf("attach to %s: %w: it is no TUN device with several queues and virtio headers: delete it and make it with `ip tuntap add mode tun multi_queue vnet_hdr name %s`", name, err, name)
 	case errors.Is(err, unix.EBUSY):

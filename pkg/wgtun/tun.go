@@ -46,6 +46,8 @@ func attachRemedy(name string, err error) string {
 	switch {
 	case errors.Is(err, unix.EPERM):
 		return "; needs CAP_NET_ADMIN"
+	case errors.Is(err, unix.ENOTTY):
+		return "; " + cloneDevice + " is another device here: in a container allow and mount the real one, and give CAP_NET_ADMIN"
 	case errors.Is(err, unix.EBUSY):
 		return "; another process carries its packets: end it"
 	case errors.Is(err, unix.EINVAL) && linkExists(name):

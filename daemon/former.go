@@ -67,6 +67,11 @@ func (f *former) expire(leases []*overlay.Lease, self overlay.Subnets, now time.
 	f.all = slices.DeleteFunc(f.all, func(x formerBackend) bool { return now.Sub(x.needed) > linger })
 }
 
+// keep lets go of those that the node cannot do any more.
+func (f *former) keep(able func(overlay.BackendConfig) error) {
+	f.all = slices.DeleteFunc(f.all, func(x formerBackend) bool { return able(x.backend) != nil })
+}
+
 func publishes(leases []*overlay.Lease, self overlay.Subnets, b overlay.BackendConfig) bool {
 	return slices.ContainsFunc(leases, func(l *overlay.Lease) bool {
 		return l.Subnets != self && !(l.Reserved() && l.Backend == "") && b.Carries(l)

@@ -260,6 +260,13 @@ func (l *loop) learn(ctx context.Context, full bool) error {
 	if err := l.node.equip(ctx, l.running.Backend); err != nil {
 		return waitError{err}
 	}
+	l.former.expire(l.snap.Leases, l.self.Subnets, time.Now())
+	l.former.keep(func(b overlay.BackendConfig) error {
+		if b.Type == "extension" { // its commands were told what they need
+			return nil
+		}
+		return l.node.equip(ctx, b)
+	})
 	self := l.node.self
 	var err error
 	if l.attrs, err = overlay.PublishedAttrs(l.running, self); err != nil {
@@ -271,7 +278,6 @@ func (l *loop) learn(ctx context.Context, full bool) error {
 		return waitError{l.leaseError()}
 	}
 	self.Subnets = *held
-	l.former.expire(l.snap.Leases, *held, time.Now())
 	self.Former = l.former.backends()
 	if self.RIB, err = l.bgp.routes(ctx, self.Uplink, full); err != nil {
 		return err

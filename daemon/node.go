@@ -4,7 +4,10 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"os"
 	"slices"
+	"strconv"
+	"strings"
 
 	"github.com/twill-net/twill/pkg/kernel"
 	"github.com/twill-net/twill/pkg/overlay"
@@ -22,7 +25,6 @@ type node struct {
 	// What lease and kernel said at the start: a VTEP that both agree on is kept.
 	leased overlay.Attrs
 	links  []overlay.Link
-	vni    uint32 // that the VTEPs are for
 }
 
 // identify looks at the interfaces. Once the node is known, an uplink that is
@@ -96,6 +98,8 @@ func (n *node) meet(ctx context.Context, cfg overlay.Config, leases []*overlay.L
 		BlackholeRoute: n.cfg.Blackhole,
 		Nexthops:       n.kernel.HasNexthops(),
 
+		NeighLimit:           neighLimit("ipv4"),
+		NeighLimitV6:         neighLimit("ipv6"),
 		WireGuardInUserSpace: !n.kernel.HasWireGuard(),
 		BGP:                  n.cfg.BGP,
 	}
@@ -104,15 +108,29 @@ func (n *node) meet(ctx context.Context, cfg overlay.Config, leases []*overlay.L
 	return nil
 }
 
+// neighLimit reads how many neighbours the kernel keeps. Only the first network
+// namespace can tell.
+func neighLimit(family string) int {
+	content, err := os.ReadFile("/proc/sys/net/" + family + "/neigh/default/gc_thresh3")
+	if err != nil {
+		return 0
+	}
+	n, err := strconv.Atoi(strings.TrimSpace(string(content)))
+	if err != nil {
+		return 0
+	}
+	return n
+}
+
 // equip gets what a backend needs beside the uplink: it is kept for the life of
 // the process.
 func (n *node) equip(ctx context.Context, b overlay.BackendConfig) error {
 	switch b.Type {
 	case "vxlan":
-		if n.vni != b.VXLAN.VNI {
-			n.vni = b.VXLAN.VNI
-			n.self.MAC = n.vtep(overlay.VXLANLink(overlay.IPv4, n.vni), n.leased.VTEP.MAC)
-			n.self.MACv6 = n.vtep(overlay.VXLANLink(overlay.IPv6, n.vni), n.leased.VTEPv6.MAC)
+		// Another VNI keeps them: peers send to the old ones for a while.
+		if n.self.MAC == (overlay.MAC{}) {
+			n.self.MAC = n.vtep(overlay.VXLANLink(overlay.IPv4, b.VXLAN.VNI), n.leased.VTEP.MAC)
+			n.self.MACv6 = n.vtep(overlay.VXLANLink(overlay.IPv6, b.VXLAN.VNI), n.leased.VTEPv6.MAC)
 		}
 	case "extension":
 		data, err := n.extensions.data(ctx, b.Extension)
@@ -146,11 +164,12 @@ func (n *node) fits(ctx context.Context, next overlay.Config, own overlay.Subnet
 }
 
 // vtep returns the MAC of a VTEP: the device's, if the lease says the same (so a
-// restart, also of flannel's, changes nothing), else the derived one.
+// restart, also of flannel's, changes nothing), or if the lease has moved on to
+// another backend and the device is ours; else the derived one.
 func (n *node) vtep(device string, leased overlay.MAC) overlay.MAC {
 	i := slices.IndexFunc(n.links, func(l overlay.Link) bool { return l.Name == device })
-	if i >= 0 && leased != (overlay.MAC{}) && n.links[i].MAC == leased {
-		return leased
+	if i >= 0 && (n.links[i].MAC == leased || leased == (overlay.MAC{}) && n.links[i].Ours()) {
+		return n.links[i].MAC
 	}
 	return overlay.DeriveMAC(n.self.Uplink, device)
 }

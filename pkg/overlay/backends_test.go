@@ -71,6 +71,7 @@ func backendScenes() []scene {
 	return []scene{
 		{name: "host-gw", config: backendJSON(true, `{"Type":"host-gw"}`), leases: far("host-gw")},
 		{name: "host-gw behind NAT", config: backendJSON(false, `{"Type":"host-gw"}`), leases: near("host-gw"), self: func(s *Self) { s.PublicIP = ip("203.0.113.200") }},
+		{name: "host-gw with a small neighbour table", config: backendJSON(true, `{"Type":"host-gw"}`), leases: near("host-gw"), self: func(s *Self) { s.NeighLimit, s.NeighLimitV6 = 3, 1024 }},
 		{name: "alloc", config: backendJSON(true, `{"Type":"alloc"}`), leases: far("")},
 		{name: "udp", config: backendJSON(true, `{"Type":"udp"}`), leases: far("")},
 		{name: "udp old kernel", config: backendJSON(true, `{"Type":"udp","Port":8286}`), leases: far(""), self: func(s *Self) { s.Nexthops = false }},

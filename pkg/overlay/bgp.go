@@ -169,7 +169,7 @@ func (bgp) peer(d *draft, l *Lease, f Family) error {
 		}
 		return d.self.offLink(l.Public(f), "bgp")
 	}
-	d.route(l.Subnet(f), l.Public(f), d.self.Uplink.Name, false)
+	d.direct(l, f)
 	return nil
 }
 

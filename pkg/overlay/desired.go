@@ -33,6 +33,9 @@ type Options struct {
 	ForwardRules   bool // accept forwarded pod traffic
 	BlackholeRoute bool // drop packets to pods of ours that do not exist
 	Nexthops       bool // the kernel has nexthop objects (Linux 5.3)
+	// NeighLimit and NeighLimitV6 are how many neighbours the kernel keeps
+	// (gc_thresh3 in arp(7)); 0: unknown.
+	NeighLimit, NeighLimitV6 int
 	// WireGuardInUserSpace: the kernel has no WireGuard.
 	WireGuardInUserSpace bool
 	BGP                  BGPOptions
@@ -214,6 +217,7 @@ type draft struct {
 	shared    map[string]uint32 // nexthop objects that several routes use
 	sharedIDs map[uint32]bool
 	wgPeers   map[string]int // place in state.WGPeers
+	neighbors map[Family]int // peers that are reached without encapsulation
 }
 
 // carrier is a backend with the configuration that says whom it carries to.
@@ -277,7 +281,7 @@ func Desired(snap *Snapshot, self Self) (State, []Problem) {
 	n := len(snap.Leases)
 	d := &draft{
 		cfg: snap.Config, self: self, problems: slices.Clone(snap.Problems),
-		shared: map[string]uint32{}, sharedIDs: map[uint32]bool{}, wgPeers: map[string]int{},
+		shared: map[string]uint32{}, sharedIDs: map[uint32]bool{}, wgPeers: map[string]int{}, neighbors: map[Family]int{},
 	}
 	carriers, err := d.carriers()
 	if err != nil { // the caller asks CheckBackend before it takes a configuration up
@@ -313,6 +317,7 @@ func Desired(snap *Snapshot, self Self) (State, []Problem) {
 		d.learned(peers)
 		d.state.Outside.BGP = d.speaker(*d.bgp, peers)
 	}
+	d.checkNeighbors()
 	d.state.Normalize()
 	d.dropTwins(snap.Leases)
 	return d.state, d.problems

@@ -28,7 +28,7 @@ func (i ipip) peer(d *draft, l *Lease, f Family) error {
 	case f != IPv4:
 		return fmt.Errorf("backend ipip carries IPv4 alone; use vxlan, host-gw, bgp or wireguard for IPv6")
 	case i.DirectRouting && d.self.onLink(l.PublicIP):
-		d.route(l.V4, l.PublicIP, d.self.Uplink.Name, false)
+		d.direct(l, f)
 	default:
 		d.route(l.V4, l.PublicIP, IPIPLink, true)
 	}

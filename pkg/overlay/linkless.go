@@ -27,8 +27,29 @@ func (hostGW) peer(d *draft, l *Lease, f Family) error {
 	if !d.self.onLink(l.Public(f)) {
 		return d.self.offLink(l.Public(f), "host-gw")
 	}
-	d.route(l.Subnet(f), l.Public(f), d.self.Uplink.Name, false)
+	d.direct(l, f)
 	return nil
+}
+
+// direct leads a peer's subnet to the peer's address on the uplink's link.
+func (d *draft) direct(l *Lease, f Family) {
+	d.neighbors[f]++
+	d.route(l.Subnet(f), l.Public(f), d.self.Uplink.Name, false)
+}
+
+// checkNeighbors warns before the kernel's neighbour table is full: packets to
+// peers that do not fit are lost in silence.
+func (d *draft) checkNeighbors() {
+	for _, f := range d.families {
+		limit := d.self.NeighLimit
+		if f == IPv6 {
+			limit = d.self.NeighLimitV6
+		}
+		if n := d.neighbors[f]; limit > 0 && n > limit/2 {
+			d.problem(fmt.Sprintf("%s neighbour table", f), fmt.Sprintf("raise net.ipv%d.neigh.default.gc_thresh3 (and gc_thresh2) to at least %d on every node", f, 4*n),
+				"%d peers are reached without encapsulation, and the kernel keeps %d neighbours at most; packets to those that do not fit are lost", n, limit)
+		}
+	}
 }
 
 // offLink says why a peer cannot be reached without encapsulation.

@@ -91,7 +91,7 @@ func (v *vxlan) peer(d *draft, l *Lease, f Family) error {
 	subnet, public, vtep := l.Subnet(f), l.Public(f), l.vtep(f)
 	switch {
 	case v.DirectRouting && d.self.onLink(public):
-		d.route(subnet, public, d.self.Uplink.Name, false)
+		d.direct(l, f)
 		return nil
 	case vtep.MAC == MAC{}:
 		return fmt.Errorf("it publishes no VtepMAC for %s", f)

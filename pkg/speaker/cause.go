@@ -25,7 +25,7 @@ type cause struct {
 
 type causeKind int
 
-// The later ones say more: they are not replaced by the earlier.
+// The first ones say little and do not replace the later.
 const (
 	nothing  causeKind = iota
 	lost               // the connection ended, nobody said why
@@ -33,6 +33,7 @@ const (
 	refused            // no one listens
 	silent             // no answer
 	unsent             // this node's kernel cannot send
+	mute               // connected, and no answer to what is sent
 	notified           // a notification, sent or received
 	rejected           // the neighbour did not like our OPEN
 	expired            // hold timer
@@ -55,9 +56,10 @@ func ofEvent(r api.PeerState_DisconnectReason, message string) cause {
 		return cause{badAS, ""}
 	case api.PeerState_DISCONNECT_REASON_HOLD_TIMER_EXPIRED:
 		return cause{expired, ""}
-	case api.PeerState_DISCONNECT_REASON_NOTIFICATION_RECEIVED, api.PeerState_DISCONNECT_REASON_NOTIFICATION_SENT, api.PeerState_DISCONNECT_REASON_HARD_RESET:
+	case api.PeerState_DISCONNECT_REASON_NOTIFICATION_SENT:
 		return cause{notified, message}
-	case api.PeerState_DISCONNECT_REASON_READ_FAILED, api.PeerState_DISCONNECT_REASON_WRITE_FAILED,
+	case api.PeerState_DISCONNECT_REASON_NOTIFICATION_RECEIVED, api.PeerState_DISCONNECT_REASON_HARD_RESET,
+		api.PeerState_DISCONNECT_REASON_READ_FAILED, api.PeerState_DISCONNECT_REASON_WRITE_FAILED,
 		api.PeerState_DISCONNECT_REASON_GRACEFUL_RESTART, api.PeerState_DISCONNECT_REASON_RESTART_TIMER_EXPIRED:
 		return cause{lost, ""}
 	}
@@ -97,6 +99,12 @@ func (c cause) text(n overlay.BGPNeighbor, counters map[string]uint64) string {
 		return fmt.Sprintf("no answer from %s, TCP port %d: is it up, and does a firewall let TCP port %d pass?%s", a, n.Port, n.Port, signatures(n, counters))
 	case unsent:
 		return fmt.Sprintf("no connection to %s, TCP port %d: %s", a, n.Port, c.detail)
+	case mute:
+		limit := fmt.Sprintf("Multihop (%d)", max(n.Multihop, 1))
+		if n.TTLSecurity > 0 {
+			limit = fmt.Sprintf("TTLSecurity (%d)", n.TTLSecurity)
+		}
+		return fmt.Sprintf("%s is connected but does not answer: it may be more hops away than %s says, or the path carries small packets alone", a, limit)
 	case notified:
 		return fmt.Sprintf("session to %s ended: %s", a, c.detail)
 	case rejected:
@@ -203,6 +211,10 @@ func (h *logHandler) Handle(ctx context.Context, r slog.Record) error {
 		h.note(cause{closed, ""})
 	case "sent notification":
 		h.notified(attrs())
+	case "received notification":
+		// Of a neighbour that wants its routes kept (RFC 8538) gobgp does not say it again.
+		c := cause{notified, notification(attrs()) + " was received from it"}
+		h.peers.update(h.neighbor, func(s *session) { s.farewell = c })
 	case "failed to set md5":
 		h.out.Warn("BGP password cannot be set on the listening socket; only this node can open the session", "neighbor", attrs()["Key"], "error", attrs()["Err"])
 	default:
@@ -234,6 +246,13 @@ func (h *logHandler) notified(attrs map[string]string) {
 	case code == bgp.BGP_ERROR_FSM_ERROR:
 		h.note(cause{rejected, ""})
 	default:
-		h.note(cause{notified, bgp.NewNotificationErrorCode(uint8(code), uint8(sub)).String() + " was sent to it"})
+		h.note(cause{notified, notification(attrs) + " was sent to it"})
 	}
+}
+
+// notification is its code in words: "code 6(cease) subcode 2(administrative shutdown)".
+func notification(attrs map[string]string) string {
+	code, _ := strconv.ParseUint(attrs["Code"], 10, 8)
+	sub, _ := strconv.ParseUint(attrs["Subcode"], 10, 8)
+	return bgp.NewNotificationErrorCode(uint8(code), uint8(sub)).String()
 }

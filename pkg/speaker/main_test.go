@@ -72,7 +72,6 @@ type report struct {
 	Bells   int64
 	// Pointers counts how often Routes has become another.
 	Pointers int
-	RSS      uint64
 }
 
 func serve(socket string) error {
@@ -110,7 +109,7 @@ func serve(socket string) error {
 		for i := range st.Sessions {
 			st.Sessions[i].Neighbor.Communities = nil // they have no form that can be read
 		}
-		err := json.NewEncoder(w).Encode(report{st, rib, s.Settled(), bells.Load(), pointers, 0})
+		err := json.NewEncoder(w).Encode(report{st, rib, s.Settled(), bells.Load(), pointers})
 		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
 		}

@@ -28,6 +28,7 @@ const (
 	anywhere source = iota
 	local           // announced by this speaker
 	external        // learned from another AS
+	internal        // learned from our AS
 )
 
 type nextHop int
@@ -88,12 +89,18 @@ func importRules(b overlay.BGP) []rule {
 // exportRules says what is told to whom.
 func exportRules(b overlay.BGP) []rule {
 	var rules []rule
+	reflector := b.ClusterID.IsValid()
 	for _, n := range b.Neighbors {
-		if !n.Node {
+		switch {
+		case !n.Node:
 			rules = append(rules, exportTo(b, n)...)
+		case reflector && !n.Client:
+			// The other reflector of our cluster hears the clients itself. If both
+			// told it each other, gobgp would not withdraw what the client has
+			// withdrawn (it sends no CLUSTER_LIST, RFC 4456, to who is no client).
+			rules = append(rules, rule{neighbor: n.Address, from: internal})
 		}
 	}
-	reflector := b.ClusterID.IsValid()
 	for _, f := range []overlay.Family{overlay.IPv4, overlay.IPv6} {
 		if pods := podSpans(b, f); pods != nil {
 			rules = append(rules, rule{from: external, within: pods, accept: reflector, nextHop: unchanged})
@@ -223,6 +230,8 @@ func (t *translation) statement(name string, r rule) *api.Statement {
 		c.RouteType = api.Conditions_ROUTE_TYPE_LOCAL
 	case external:
 		c.RouteType = api.Conditions_ROUTE_TYPE_EXTERNAL
+	case internal:
+		c.RouteType = api.Conditions_ROUTE_TYPE_INTERNAL
 	}
 	for _, h := range r.nextHops {
 		c.NextHopInList = append(c.NextHopInList, h.String())

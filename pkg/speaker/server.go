@@ -80,7 +80,7 @@ func (s *Speaker) start(ctx context.Context, b overlay.BGP) error {
 	}
 	err := srv.StartBgp(ctx, &api.StartBgpRequest{Global: &api.Global{
 		Asn: b.ASNumber, RouterId: b.RouterID.String(), ListenPort: int32(b.Port), ListenAddresses: listen,
-		Families:         []uint32{uint32(familyIndex(api.Family_AFI_IP)), uint32(familyIndex(api.Family_AFI_IP6))},
+		Families:         []uint32{0, 1}, // gobgp's numbers of IPv4 and IPv6 unicast
 		UseMultiplePaths: true,
 	}})
 	if err == nil {
@@ -109,14 +109,6 @@ func (s *Speaker) start(ctx context.Context, b overlay.BGP) error {
 	s.watching = &watching{cancel, done}
 	go s.watch(watchCtx, done)
 	return nil
-}
-
-// familyIndex is gobgp's configuration number of a unicast family.
-func familyIndex(a api.Family_Afi) int {
-	if a == api.Family_AFI_IP {
-		return 0
-	}
-	return 1
 }
 
 func explainStart(err error, port uint16) error {

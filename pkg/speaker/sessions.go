@@ -4,10 +4,10 @@ import (
 	"log/slog"
 	"net/netip"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
+	"github.com/osrg/gobgp/v4/api"
 	"github.com/osrg/gobgp/v4/pkg/apiutil"
 	"github.com/osrg/gobgp/v4/pkg/packet/bgp"
 	"github.com/osrg/gobgp/v4/pkg/server"
@@ -32,12 +32,15 @@ type session struct {
 	neighbor overlay.BGPNeighbor
 	up       bool
 	since    time.Time // of being up or not
+	step     time.Time // of the last step of the state machine, to
+	state    bgp.FSMState
 	flaps    uint64
 	told     bool   // its End-of-RIB came
 	marks    bool   // it sends one: it can restart gracefully
 	refused  bool   // it has refused a connection
 	accepted uint64 // its prefixes that passed the filters
 	why      cause  // why it is not up
+	farewell cause  // the notification that ends it
 }
 
 // sessions holds them. Its lock is a leaf: the server's goroutines call it with
@@ -128,6 +131,17 @@ func (t *sessions) told(a netip.Addr) {
 	t.ring()
 }
 
+// reason is why the session is not up.
+func (s *session) reason(now time.Time) cause {
+	// An answer takes a moment. The kernel has acknowledged the connection, so that
+	// nothing else is to be heard of what is lost.
+	const answer = 3 * time.Second
+	if (s.state == bgp.BGP_FSM_OPENSENT || s.state == bgp.BGP_FSM_OPENCONFIRM) && now.Sub(s.step) > answer {
+		return s.why.or(cause{mute, ""})
+	}
+	return s.why
+}
+
 // event notes a step of a session's state machine.
 func (t *sessions) event(e *apiutil.WatchEventMessage_PeerEvent, at time.Time) {
 	if e.Type != apiutil.PEER_EVENT_STATE {
@@ -137,17 +151,26 @@ func (t *sessions) event(e *apiutil.WatchEventMessage_PeerEvent, at time.Time) {
 	up := st.SessionState == bgp.BGP_FSM_ESTABLISHED
 	t.update(st.NeighborAddress, func(s *session) {
 		why := ofEvent(st.DisconnectReason, st.DisconnectMessage)
+		if st.DisconnectReason == api.PeerState_DISCONNECT_REASON_INVALID_MSG && s.state == bgp.BGP_FSM_OPENCONFIRM {
+			// gobgp takes nothing but a KEEPALIVE there. What comes instead is a
+			// notification, whose text gobgp keeps to itself.
+			why = cause{rejected, ""}
+		}
+		s.step, s.state = at, st.SessionState
 		switch {
 		case up && !s.up:
-			s.told, s.why = false, cause{}
+			s.told, s.why, s.farewell = false, cause{}, cause{}
 			s.marks = slices.ContainsFunc(st.RemoteCap, func(c bgp.ParameterCapabilityInterface) bool {
 				return c.Code() == bgp.BGP_CAP_GRACEFUL_RESTART
 			})
 			t.log.Info("BGP session is up", "neighbor", st.NeighborAddress, "name", s.neighbor.Name)
 		case !up && s.up:
+			if why.kind == lost && s.farewell.kind != nothing {
+				why = s.farewell
+			}
 			s.flaps++
 			s.why = why
-			t.log.Info("BGP session is down", "neighbor", st.NeighborAddress, "name", s.neighbor.Name, "reason", strings.TrimSpace(why.text(s.neighbor, nil)))
+			t.log.Info("BGP session is down", "neighbor", st.NeighborAddress, "name", s.neighbor.Name, "reason", why.text(s.neighbor, nil))
 		case !up:
 			s.why = s.why.or(why)
 			return

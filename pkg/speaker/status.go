@@ -59,7 +59,7 @@ func (t *sessions) list(counted map[netip.Addr]*api.Peer, now time.Time) []overl
 		if s.up && x.State == "established" {
 			x.Uptime = now.Sub(s.since)
 		} else {
-			x.Error = s.why.text(s.neighbor, counters)
+			x.Error = s.reason(now).text(s.neighbor, counters)
 		}
 		x.Neighbor.Password = ""
 		out = append(out, x)

@@ -40,7 +40,7 @@ func (u *udpTunnel) resume() {
 		return
 	}
 	var last overlay.UDP
-	if err := json.Unmarshal(content, &last); err == nil {
+	if err = json.Unmarshal(content, &last); err == nil {
 		err = u.open(last)
 	}
 	if err != nil {

@@ -78,11 +78,10 @@ func (c child) run() error {
 }
 
 func (c child) tunnel() error {
-	t, err := udptun.Open(udptun.Options{Device: c.Device, Port: c.Port, Local: c.Local, Queues: c.Queues})
+	t, err := udptun.Open(udptun.Options{Device: c.Device, Port: c.Port, Local: c.Local, Queues: c.Queues, Peers: c.Peers})
 	if err != nil {
 		return err
 	}
-	t.SetPeers(c.Peers)
 	fmt.Println("ready")
 	go func() {
 		<-t.Done()

@@ -84,7 +84,11 @@ func (h *handed) socket(at netip.AddrPort) (endpoint, error) {
 		if s.at == at {
 			h.socks = append(h.socks[:i:i], h.socks[i+1:]...)
 			e := endpoint{fd: s.fd, v6: at.Addr().Is6()}
-			return e, e.set()
+			if err := e.set(); err != nil {
+				unix.Close(e.fd)
+				return e, err
+			}
+			return e, nil
 		}
 	}
 	return listen(at)

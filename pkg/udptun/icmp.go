@@ -148,11 +148,9 @@ func (c *icmp) allow() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	now := time.Now()
-	if fresh := int(now.Sub(c.last) * icmpPerSecond / time.Second); fresh > 0 || fresh < 0 {
+	// More than a second would overflow the product, and fills the bucket anyway.
+	if fresh := int(min(now.Sub(c.last), time.Second) * icmpPerSecond / time.Second); fresh > 0 {
 		c.tokens, c.last = min(c.tokens+fresh, icmpBurst), now
-		if fresh < 0 || fresh > icmpBurst {
-			c.tokens = icmpBurst
-		}
 	}
 	if c.tokens <= 0 {
 		return false

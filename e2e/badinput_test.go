@@ -22,8 +22,8 @@ func TestBadConfigAtStart(t *testing.T) {
 		{"no network", `{"Backend": {"Type": "vxlan"}}`, []string{"Network", "must be an IPv4 CIDR"}},
 		{"bad value", `{"Network": "10.5.0.0/16", "SubnetLen": 31, "Backend": {"Type": "vxlan"}}`, []string{"SubnetLen: 31: must be 18..30", "correct it"}},
 		{"unknown backend", `{"Network": "10.5.0.0/16", "Backend": {"Type": "geneve"}}`, []string{"Backend.Type", "geneve", "must be one of vxlan"}},
-		{"unsupported backend", `{"Network": "10.5.0.0/16", "Backend": {"Type": "wireguard"}}`, []string{"Backend.Type", "wireguard", "vxlan alone", `store "Backend"`}},
-		{"no backend", `{"Network": "10.5.0.0/16"}`, []string{"Backend.Type: udp", "vxlan alone"}},
+		{"unsupported backend", `{"Network": "10.5.0.0/16", "Backend": {"Type": "tencent-vpc"}}`, []string{"Backend.Type", "tencent-vpc", "no such backend", "use vxlan, host-gw"}},
+		{"AS number out of range", `{"Network": "10.5.0.0/16", "Backend": {"Type": "bgp", "ASNumber": 4294967296}}`, []string{"Backend.ASNumber: 4294967296: must be 1..4294967295", "correct it"}},
 		{"IPv6 only", `{"EnableIPv4": false, "EnableIPv6": true, "IPv6Network": "fd00:5::/48", "Backend": {"Type": "vxlan"}}`, []string{"EnableIPv4: false", "IPv4 must be on"}},
 		{"overlaps a host route", `{"Network": "198.51.0.0/16", "Backend": {"Type": "vxlan"}}`, []string{"network 198.51.0.0/16", "overlaps", "198.51.100.0/24", "choose another Network"}},
 	} {
@@ -53,7 +53,10 @@ func TestBadConfigWhileRunning(t *testing.T) {
 	}{
 		{`{"Network": `, []string{"config", "not JSON", "the last good one stays in force"}},
 		{`{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan", "VNI": 0}}`, []string{"config", "Backend.VNI: 0: must be 1..16777215", "correct it"}},
-		{`{"Network": "10.5.0.0/16", "Backend": {"Type": "host-gw"}}`, []string{"config", "host-gw", "not taken up", "the running one stays"}},
+		{`{"Network": "10.5.0.0/16", "Backend": {"Type": "tencent-vpc"}}`, []string{"config", "tencent-vpc", "not taken up", "the running one stays"}},
+		{`{"Network": "10.5.0.0/16", "Backend": {"Type": "bgp", "ASNumber": 0}}`, []string{"config", "Backend.ASNumber: 0: must be 1..4294967295", "correct it"}},
+		{`{"Network": "10.5.0.0/16", "Backend": {"Type": "bgp", "Peers": [{"Address": "203.0.113.1"}]}}`, []string{"config", "Backend.Peers[0].ASNumber", "must be 1..4294967295"}},
+		{`{"Network": "10.5.0.0/16", "Backend": {"Type": "wireguard", "PSK": "x"}}`, []string{"config", "Backend.PSK", "wg genpsk"}},
 		{`{"Network": "10.6.0.0/16", "Backend": {"Type": "vxlan", "Port": 4789}}`, []string{"config", "10.6.1.0", "does not fit", "not taken up"}},
 		{`{"Network": "10.5.0.0/17", "Backend": {"Type": "vxlan", "Port": 4789}}`, []string{"config", "10.5.0.0/17", "not taken up"}},
 		{"", []string{"config", "there is none", "etcdctl put", "stays in force"}},
@@ -124,7 +127,9 @@ func TestBadPeer(t *testing.T) {
 		"10.5.200.0-24": {`garbage`, []string{"lease 10.5.200.0-24", "not a lease", "correct the key's value"}},
 		"10.5.201.0-24": {`{"PublicIP": "198.51.100.77", "BackendType": "vxlan", "BackendData": {"VNI": 1, "VtepMAC": "x"}}`, []string{"lease 10.5.201.0-24", "VtepMAC"}},
 		"10.5.202.0-24": {`{"PublicIP": "198.51.100.78", "BackendType": "vxlan", "BackendData": {"VNI": 7, "VtepMAC": "0e:2a:00:00:00:02"}}`, []string{"lease 10.5.202.0-24", "VNI is 7, ours is 1"}},
-		"10.5.203.0-24": {`{"PublicIP": "198.51.100.79", "BackendType": "host-gw"}`, []string{"lease 10.5.203.0-24", "host-gw"}},
+		"10.5.203.0-24": {`{"PublicIP": "198.51.100.79", "BackendType": "wireguard"}`, []string{"lease 10.5.203.0-24", "wireguard", "ours is vxlan"}},
+		"10.5.204.0-24": {`{"PublicIP": "203.0.113.79", "BackendType": "host-gw"}`, []string{"lease 10.5.204.0-24", "203.0.113.79 is not on the link of eth0"}},
+		"10.5.205.0-24": {`{"PublicIP": "198.51.100.81", "BackendType": "bgp", "BackendData": {"ASNumber": 0, "Port": 179}}`, []string{"lease 10.5.205.0-24", "ASNumber 0"}},
 		"10.5.0.0-8":    {`{"PublicIP": "198.51.100.80", "BackendType": "vxlan", "BackendData": {"VNI": 1, "VtepMAC": "0e:2a:00:00:00:03"}}`, []string{"10.5.0.0-8", "10.0.0.0/8"}},
 		"nonsense":      {`{}`, []string{"nonsense", "not a subnet", "etcdctl del"}},
 	}

@@ -119,8 +119,7 @@ func (h *healing) kernelDamage() []damage {
 
 // peerDamage is done to what leads to the one peer.
 func (h *healing) peerDamage(f overlay.Family, link string) []damage {
-	dst := h.peerRoute(f)
-	hop := nexthopOf(h.good, dst)
+	all := h.routeDamage(f)
 	var neigh overlay.Neigh
 	for _, n := range h.good.Neighs {
 		if n.Link == link {
@@ -133,51 +132,78 @@ func (h *healing) peerDamage(f overlay.Family, link string) []damage {
 			fdb = e
 		}
 	}
-	absent := func(name, command, kind, what string) damage {
-		return damage{name: fmt.Sprintf("%s %s", f, name), command: command, kind: kind, what: what, before: "absent", after: what}
-	}
 	const wrong = "02:00:00:00:bb:bb"
-	return []damage{
-		absent("route deleted", fmt.Sprintf("ip route del %s", dst.Dst), "route", dst.Dst.String()),
-		{
-			name:    fmt.Sprintf("%s route replaced by flannel's", f),
-			command: fmt.Sprintf("ip route replace %s via %s dev %s onlink", dst.Dst, hop.Gateway, link),
-			kind:    "route", what: dst.Dst.String(), before: "proto 3", after: "nhid",
-		},
-		absent("neighbour deleted", fmt.Sprintf("ip neigh del %s dev %s", neigh.IP, link), "neigh", neigh.IP.String()),
+	return append(all, []damage{
+		absent(f, "neighbour deleted", fmt.Sprintf("ip neigh del %s dev %s", neigh.IP, link), "neigh", neigh.IP.String()),
 		{
 			name:    fmt.Sprintf("%s neighbour changed", f),
 			command: fmt.Sprintf("ip neigh replace %s lladdr %s dev %s nud permanent", neigh.IP, wrong, link),
 			kind:    "neigh", what: neigh.IP.String(), before: wrong, after: neigh.MAC.String(),
 		},
-		absent("FDB entry deleted", fmt.Sprintf("bridge fdb del %s dev %s dst %s self", fdb.MAC, link, fdb.Dst), "fdb", fdb.MAC.String()),
+		absent(f, "FDB entry deleted", fmt.Sprintf("bridge fdb del %s dev %s dst %s self", fdb.MAC, link, fdb.Dst), "fdb", fdb.MAC.String()),
 		{
 			name:    fmt.Sprintf("%s FDB entry added", f),
 			command: fmt.Sprintf("bridge fdb append %s dev %s dst %s self permanent", wrong, link, fdb.Dst),
 			kind:    "fdb", what: wrong, before: wrong, after: "absent",
 		},
-		absent("nexthop deleted", fmt.Sprintf("ip nexthop del id %d", hop.ID), "nexthop", fmt.Sprintf("id %d", hop.ID)),
+	}...)
+}
+
+// absent is the removal of an object.
+func absent(f overlay.Family, name, command, kind, what string) damage {
+	return damage{name: fmt.Sprintf("%s %s", f, name), command: command, kind: kind, what: what, before: "absent", after: what}
+}
+
+// routeDamage is done to the route to a peer and its nexthop object.
+func (h *healing) routeDamage(f overlay.Family) []damage {
+	dst := h.peerRoute(f)
+	hop := nexthopOf(h.good, dst)
+	flannel := "dev " + hop.Link
+	if hop.Gateway.IsValid() {
+		flannel += fmt.Sprintf(" via %s onlink", hop.Gateway)
+	}
+	return []damage{
+		absent(f, "route deleted", fmt.Sprintf("ip route del %s", dst.Dst), "route", dst.Dst.String()),
+		{
+			name:    fmt.Sprintf("%s route replaced by flannel's", f),
+			command: fmt.Sprintf("ip route replace %s %s", dst.Dst, flannel),
+			kind:    "route", what: dst.Dst.String(), before: "proto 3", after: "nhid",
+		},
+		absent(f, "nexthop deleted", fmt.Sprintf("ip nexthop del id %d", hop.ID), "nexthop", fmt.Sprintf("id %d", hop.ID)),
 	}
 }
 
 func (h *healing) linkDamage(link string) []damage {
-	mtu := "mtu 1450"
-	if strings.Contains(link, "v6") {
-		mtu = "mtu 1430"
-	}
 	const wrong = "02:00:00:00:bb:bb"
-	return []damage{
+	var good overlay.Link
+	for _, l := range h.good.Links {
+		if l.Name == link {
+			good = l
+		}
+	}
+	deleted := damage{name: link + " deleted", command: "ip link del " + link, kind: "link", what: link, before: "absent", after: " up"}
+	if good.Kind == overlay.KindTUN { // its program makes another before the kernel is looked at
+		deleted.before = " down"
+	}
+	all := []damage{
+		deleted,
 		{name: link + " set down", command: "ip link set " + link + " down", kind: "link", what: link, before: " down", after: " up"},
 		{name: link + " set down and up", command: fmt.Sprintf("ip link set %s down; ip link set %[1]s up", link), kind: "route", what: h.routeOn(link), before: "absent", after: "nhid"},
-		{name: link + " deleted", command: "ip link del " + link, kind: "link", what: link, before: "absent", after: " up"},
-		{name: link + " with another MAC", command: fmt.Sprintf("ip link set %s address %s", link, wrong), kind: "link", what: link, before: wrong, after: link},
-		{name: link + " with another MTU", command: "ip link set " + link + " mtu 1400", kind: "link", what: link, before: "mtu 1400", after: mtu},
+		{name: link + " with another MTU", command: "ip link set " + link + " mtu 1400", kind: "link", what: link, before: "mtu 1400", after: fmt.Sprintf("mtu %d", good.MTU)},
 	}
+	if good.Kind == overlay.KindVXLAN {
+		all = append(all, damage{
+			name: link + " with another MAC", command: fmt.Sprintf("ip link set %s address %s", link, wrong),
+			kind: "link", what: link, before: wrong, after: link,
+		})
+	}
+	return all
 }
 
+// peerRoute returns one to the subnet of a peer.
 func (h *healing) peerRoute(f overlay.Family) overlay.Route {
 	for _, r := range h.good.Routes {
-		if overlay.FamilyOf(r.Dst.Addr()) == f && r.Protocol == overlay.Protocol && !r.Blackhole {
+		if overlay.FamilyOf(r.Dst.Addr()) == f && r.NH != 0 {
 			return r
 		}
 	}

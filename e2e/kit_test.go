@@ -48,13 +48,23 @@ func startProbes(t *testing.T, a, b *Pod) *probes {
 	return p
 }
 
-// stop ends the probes; the test fails unless all were answered.
-func (p *probes) stop(t *testing.T) {
+// results ends the probes and returns what became of each.
+func (p *probes) results(t *testing.T) []nettest.ProbeResult {
 	t.Helper()
+	var out []nettest.ProbeResult
 	for i, probe := range p.all {
 		r, err := probe.Stop()
 		must(t, err)
 		t.Logf("%s: %v", p.names[i], r)
+		out = append(out, r)
+	}
+	return out
+}
+
+// stop ends the probes; the test fails unless all were answered.
+func (p *probes) stop(t *testing.T) {
+	t.Helper()
+	for i, r := range p.results(t) {
 		if r.Lost > 0 || r.Sent < 500 {
 			t.Errorf("%s: %d of %d probes lost, %d send errors, at %.0f ms", p.names[i], r.Lost, r.Sent, r.Errors, r.LostAt)
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -45,11 +46,12 @@ func checkTool(t *testing.T, n *Node, tool overlay.Tool) {
 	}
 }
 
-// wire says what an overlay's packets look like on the hosts' cables. A port of 0
-// is none: the pods' packets themselves.
+// wire says what an overlay's packets look like on the hosts' cables. Without any
+// port they are the pods' packets themselves.
 type wire struct {
-	port uint16
-	vni  uint32
+	port    uint16 // of VXLAN
+	vni     uint32
+	tunnels []uint16 // UDP ports of what is not decoded here
 }
 
 // checkWire pings from each pod and node to each pod, at full MTU and one byte
@@ -80,11 +82,17 @@ func checkWire(t *testing.T, c *Cluster, pods []*Pod, w wire) {
 		must(t, err)
 		seen := 0
 		for _, f := range frames {
+			if f.Fragment {
+				t.Fatalf("a packet in pieces: %v", &f)
+			}
 			carried := f.Inner
-			if w.port == 0 {
+			if w.port == 0 && w.tunnels == nil {
 				carried = &f
 			} else if ours[f.Src] || ours[f.Dst] {
-				t.Fatalf("a packet of a pod without VXLAN: %v", &f)
+				t.Fatalf("a packet of a pod that is not encapsulated: %v", &f)
+			}
+			if f.Proto == nettest.ProtoUDP && slices.Contains(w.tunnels, f.DstPort) {
+				seen++
 			}
 			if carried == nil || carried.Proto == 0 || !ours[carried.Src] && !ours[carried.Dst] {
 				continue // ARP and NDP of the hosts, etcd

@@ -122,6 +122,7 @@ func RouteEvents(ctx context.Context, ns *nettest.NS) (<-chan netip.Prefix, erro
 type Usage struct {
 	CPU      time.Duration
 	RSS, HWM int64 // resident memory now and at its peak, bytes
+	Anon     int64 // of RSS: the process's own; the rest is the program, shared by all that run it
 }
 
 // UsageOf reads it from /proc. The scheduler counts CPU time in nanoseconds.
@@ -154,6 +155,9 @@ func UsageOf(pid int) (Usage, error) {
 		if _, err := fmt.Sscanf(line, "VmHWM: %d kB", &kib); err == nil {
 			u.HWM = kib << 10
 		}
+		if _, err := fmt.Sscanf(line, "RssAnon: %d kB", &kib); err == nil {
+			u.Anon = kib << 10
+		}
 	}
 	return u, nil
 }
@@ -178,6 +182,74 @@ func CountObjects(ns *nettest.NS) (routes, neighs, fdb int, err error) {
 		return err
 	})
 	return routes, neighs, fdb, err
+}
+
+// PeerRoutes returns the destinations of Twill's IPv4 routes to other nodes: those
+// with a gateway.
+func PeerRoutes(ns *nettest.NS) (map[netip.Prefix]bool, error) {
+	out := map[netip.Prefix]bool{}
+	err := ns.Do(func() error {
+		routes, err := netlink.RouteListFiltered(netlink.FAMILY_V4, &netlink.Route{Protocol: overlay.Protocol}, netlink.RT_FILTER_PROTOCOL)
+		for _, r := range routes {
+			if r.Dst == nil || r.Gw == nil {
+				continue
+			}
+			a, _ := netip.AddrFromSlice(r.Dst.IP)
+			ones, _ := r.Dst.Mask.Size()
+			out[netip.PrefixFrom(a.Unmap(), ones)] = true
+		}
+		return err
+	})
+	return out, err
+}
+
+// Introduce tells all hosts the others' MAC addresses for good. What a host has
+// learned by ARP is in one table of the kernel for all namespaces together, of 1,024
+// entries (net.ipv4.neigh.default.gc_thresh3): more than thirty hosts that all
+// speak to each other push each other out, and most packets are lost. Permanent
+// entries do not count.
+func Introduce(hosts []*nettest.Host) error {
+	macs := map[netip.Addr]net.HardwareAddr{}
+	for _, h := range hosts {
+		err := h.Do(func() error {
+			eth0, err := netlink.LinkByName("eth0")
+			if err == nil {
+				macs[h.IPv4] = eth0.Attrs().HardwareAddr
+			}
+			return err
+		})
+		if err != nil {
+			return fmt.Errorf("find eth0 of %s: %w", h.Name, err)
+		}
+	}
+	for _, h := range hosts {
+		if err := h.Do(func() error { return meet(h.IPv4, macs) }); err != nil {
+			return fmt.Errorf("introduce hosts to %s: %w", h.Name, err)
+		}
+	}
+	return nil
+}
+
+func meet(self netip.Addr, macs map[netip.Addr]net.HardwareAddr) error {
+	kernel, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return err
+	}
+	defer kernel.Close()
+	eth0, err := kernel.LinkByName("eth0")
+	if err != nil {
+		return err
+	}
+	for a, mac := range macs {
+		if a == self {
+			continue
+		}
+		n := &netlink.Neigh{LinkIndex: eth0.Attrs().Index, State: netlink.NUD_PERMANENT, IP: a.AsSlice(), HardwareAddr: mac}
+		if err := kernel.NeighSet(n); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // ReferenceProgram does for n peers what Twill does, the plain way, as flannel: one

@@ -45,12 +45,12 @@ func benchCommand() *cobra.Command {
 	o := benchOptions{}
 	cmd := &cobra.Command{
 		Use:   "bench",
-		Short: "Measure the overlay at scale beside a reference in the same run",
+		Short: "Measure the overlay at scale and its throughput, beside a reference in the same run",
 		Long: `Measure the overlay at scale. For each number of peers: their leases are put into a
 real etcd, twilld is started on one host, and the time is taken until the last entry is
 in the kernel; then the same entries are made one netlink call at a time with plain
 onlink routes, as the reference. At the largest number: one more peer, 1,000 more at
-once, memory, and CPU while nothing happens.`,
+once, memory, and CPU while nothing happens. Then what "lab bench throughput" measures.`,
 		Example: `  lab bench
   lab bench --peers 100,1000 --idle 10s -o json`,
 		Args: cobra.NoArgs,
@@ -60,6 +60,7 @@ once, memory, and CPU while nothing happens.`,
 			return runBench(ctx, o)
 		},
 	}
+	cmd.AddCommand(throughputCommand(), meshCommand())
 	cmd.Flags().IntSliceVar(&o.peers, "peers", []int{100, 1000, 10000}, "numbers of peers, the largest last, 14000 at most")
 	cmd.Flags().DurationVar(&o.idle, "idle", time.Minute, "how long to measure an idle daemon")
 	cmd.Flags().VarPF((*jsonFlag)(&o.json), "output", "o", "table or json")
@@ -97,11 +98,19 @@ func runBench(ctx context.Context, o benchOptions) error {
 		}
 		results = append(results, r)
 	}
+	throughput, err := benchThroughput(ctx, throughputRounds)
+	if err != nil {
+		return err
+	}
 	if o.json {
-		return json.NewEncoder(os.Stdout).Encode(results)
+		return json.NewEncoder(os.Stdout).Encode(struct {
+			Scale      []scaleResult    `json:"scale"`
+			Throughput throughputReport `json:"throughput"`
+		}{results, throughput})
 	}
 	printBench(results)
-	return nil
+	fmt.Println()
+	return throughput.print()
 }
 
 func printBench(results []scaleResult) {

@@ -78,7 +78,11 @@ func mountOwnDirs() error {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err
 		}
-		if err := unix.Mount("twill-lab", dir, "tmpfs", unix.MS_NOSUID, "mode=0755"); err != nil {
+		var st unix.Stat_t // routers run as users of their own
+		if err := unix.Stat(dir, &st); err != nil {
+			return err
+		}
+		if err := unix.Mount("twill-lab", dir, "tmpfs", unix.MS_NOSUID, fmt.Sprintf("mode=0755,uid=%d,gid=%d", st.Uid, st.Gid)); err != nil {
 			return fmt.Errorf("mount tmpfs on %s: %w", dir, err)
 		}
 	}

@@ -85,7 +85,7 @@ func (p *Probe) Stop() (ProbeResult, error) {
 }
 
 // Transfer sends size bytes by TCP from one namespace to addr in the other, where
-// they are counted and their checksum is compared.
+// they are counted and their checksum is compared. It has a minute's time.
 func Transfer(from, to *NS, addr netip.Addr, size int64) (TransferResult, error) {
 	var r TransferResult
 	var out bytes.Buffer
@@ -93,7 +93,13 @@ func Transfer(from, to *NS, addr netip.Addr, size int64) (TransferResult, error)
 	if err != nil {
 		return r, fmt.Errorf("transfer %s to %s: %w", from.Name, addr, err)
 	}
-	if err = client.Wait(); err == nil {
+	select {
+	case <-client.Done():
+		err = client.Wait()
+	case <-time.After(time.Minute):
+		err = errors.Join(errors.New("not done after a minute"), client.Kill9())
+	}
+	if err == nil {
 		err = json.Unmarshal(out.Bytes(), &r)
 	} else {
 		log, _ := client.Output()

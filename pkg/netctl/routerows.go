@@ -112,6 +112,9 @@ func (s *sight) foreignRow(row routeRow) routeRow {
 		return row
 	}
 	row.State, row.summary = stateForeign, "proto "+protocol(row.route.Protocol)
+	if s.snap != nil && slices.ContainsFunc(s.snap.Leases, func(l *overlay.Lease) bool { return s.byRouter(l) && slices.Contains(l.All(), row.route.Dst) }) {
+		row.State = stateOK // the router's, as it should be
+	}
 	row.Detail = []string{row.summary}
 	return row
 }

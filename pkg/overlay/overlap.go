@@ -13,13 +13,14 @@ const Bridge = "cni0"
 // other wider route, by a gateway or to a blackhole, does no harm: pod routes are
 // more specific.
 //
-// Routes of pods on this node (own) and those that flannel's host-gw left are no
-// strangers.
+// Routes of pods on this node (own) are no strangers, nor are routes by a gateway to
+// exactly a peer's subnet: flannel's host-gw left them, or the node's own BGP router
+// has learned them. (One that stands where ours has to be is a Problem of Diff.)
 func CheckOverlap(c Config, own Subnets, leases []*Lease, foreign []Route) []Problem {
-	gateways := make(map[netip.Prefix]netip.Addr, len(leases))
+	leased := make(map[netip.Prefix]bool, len(leases))
 	for _, l := range leases {
 		for _, f := range c.families() {
-			gateways[l.Subnet(f)] = l.Public(f)
+			leased[l.Subnet(f)] = true
 		}
 	}
 	var out []Problem
@@ -32,7 +33,7 @@ func CheckOverlap(c Config, own Subnets, leases []*Lease, foreign []Route) []Pro
 		case !inside && (r.Gateway.IsValid() || r.Link == ""):
 		case r.Link == Bridge:
 		case ours.IsValid() && ours.Overlaps(r.Dst) && ours.Bits() <= r.Dst.Bits():
-		case r.Gateway.IsValid() && gateways[r.Dst] == r.Gateway:
+		case leased[r.Dst] && (r.Gateway.IsValid() || r.NH != 0 || r.Link == ""):
 		default:
 			out = append(out, Problem{
 				Object: "network " + network.String(),

@@ -42,19 +42,20 @@ type dataCentre struct {
 }
 
 // startDataCentre starts all. more is added to the configuration of the peer that
-// BIRD is; announced are networks that BIRD announces beside its own.
+// BIRD is, with $ANY for all addresses of a family; announced are networks that
+// BIRD announces beside its own.
 func startDataCentre(t *testing.T, password, more string, announced ...string) *dataCentre {
 	t.Helper()
 	// The third and fourth host.
 	var peers []string
 	for i, secret := range []string{password, ""} {
-		for _, a := range []string{"198.51.100.", "2001:db8:51::"} {
+		for j, a := range []string{"198.51.100.", "2001:db8:51::"} {
 			p := fmt.Sprintf(`{"Address": "%s%d", "ASNumber": %d`, a, 13+i, routersAS)
 			if secret != "" {
 				p += fmt.Sprintf(`, "Password": %q`, secret)
 			}
 			if i == 0 {
-				p += more
+				p += strings.ReplaceAll(more, "$ANY", []string{"0.0.0.0/0", "::/0"}[j])
 			}
 			peers = append(peers, p+"}")
 		}
@@ -282,7 +283,7 @@ func (d *dataCentre) routerRestarts(t *testing.T) {
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
-	must(t, d.bird.procs[0].Start())
+	must(t, d.bird.startBIRD("-R"))
 	must(t, Eventually(d.ctx, func() bool {
 		out, err := d.bird.Ask("show protocols")
 		return err == nil && strings.Count(out, "Established") == 4

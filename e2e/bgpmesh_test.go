@@ -177,8 +177,10 @@ func TestBadBGP(t *testing.T) {
 		more           string // of BIRD's entry among the peers
 		problems       [][]string
 	}{
-		{"wrong MD5 password", "another", "", [][]string{{"198.51.100.13", "MD5"}, {"2001:db8:51::13", "MD5"}}},
-		{"no MD5 password", "", "", [][]string{{"198.51.100.13", "MD5"}, {"2001:db8:51::13", "MD5"}}},
+		{"wrong MD5 password", "another", "", [][]string{
+			{"no answer from 198.51.100.13", "A password is set: check that both ends have the same"}, {"no answer from 2001:db8:51::13"},
+		}},
+		{"no MD5 password", "", "", [][]string{{"no answer from 198.51.100.13", "signed TCP segments"}, {"no answer from 2001:db8:51::13"}}},
 	} {
 		t.Run(x.name, func(t *testing.T) {
 			d := startDataCentre(t, x.password, x.more)
@@ -217,9 +219,13 @@ func TestBadBGP(t *testing.T) {
 		d := startDataCentre(t, birdSecret, `, "Import": [{"Prefix": "$ANY", "Action": "accept"}]`, "0.0.0.0/0", "::/0")
 		d.waitRoute(t, birdNets[0], d.bird.IPv4)
 		for _, n := range d.Nodes {
+			must(t, n.waitProblem(d.ctx, "route 0.0.0.0/0", "another program's route"))
+			n.shell(t, "ip route del default; ip -6 route del default")
 			must(t, n.WaitInSync(d.ctx))
 			must(t, n.waitProblem(d.ctx))
 		}
+		d.waitRoute(t, "0.0.0.0/0", d.bird.IPv4)
+		d.waitRoute(t, "::/0", d.bird.IPv6)
 	})
 	t.Run("a peer that refuses", func(t *testing.T) {
 		d := startDataCentre(t, birdSecret, "")
@@ -230,7 +236,7 @@ func TestBadBGP(t *testing.T) {
 			}), "graceful restart on;", "")))
 		_, err := d.bird.Ask("configure")
 		must(t, err)
-		d.bgpSays(t, "198.51.100.13", "AS")
+		d.bgpSays(t, "198.51.100.13 rejects this node's OPEN")
 		d.waitRoute(t, birdNets[0])
 		d.waitRoute(t, frrNets[0], d.frr.IPv4)
 	})

@@ -3,6 +3,7 @@ package e2e
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/twill-net/twill/pkg/nettest"
@@ -27,11 +28,16 @@ func StartBIRD(h *nettest.Host, conf string) (*Router, error) {
 	if err := write(h, "/etc/bird/bird.conf", conf); err != nil {
 		return nil, err
 	}
-	p, err := h.Start(nettest.Program{Path: "/usr/sbin/bird", Args: []string{"-f"}, Name: "bird"})
-	if err != nil {
-		return nil, err
-	}
-	return &Router{h, []*nettest.Process{p}, []string{"birdc"}}, nil
+	r := &Router{Host: h, show: []string{"birdc"}}
+	return r, r.startBIRD()
+}
+
+// startBIRD starts it with more flags: -R is for one that comes back, and leaves
+// its routes in the kernel until the neighbours have told theirs.
+func (r *Router) startBIRD(flags ...string) error {
+	p, err := r.Start(nettest.Program{Path: "/usr/sbin/bird", Args: append([]string{"-f"}, flags...), Name: "bird"})
+	r.procs = []*nettest.Process{p}
+	return err
 }
 
 // StartFRR starts FRR's zebra and bgpd on a host with a configuration for both.
@@ -92,6 +98,9 @@ type birdPeer struct {
 func birdConf(h *nettest.Host, as uint32, prefixes []netip.Prefix, peers []birdPeer) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "log stderr all;\nrouter id %s;\nprotocol device {}\n", h.IPv4)
+	if slices.ContainsFunc(peers, func(p birdPeer) bool { return p.as == as }) { // next hops are looked up in it
+		fmt.Fprintln(&b, `protocol direct { ipv4; ipv6; interface "eth0"; }`)
+	}
 	for _, f := range []overlay.Family{overlay.IPv4, overlay.IPv6} {
 		fmt.Fprintf(&b, "protocol kernel kernel%d { persist; graceful restart; merge paths on; ipv%[1]d { import none; export where source = RTS_BGP; }; }\n", f)
 		fmt.Fprintf(&b, "protocol static own%d { ipv%[1]d;\n", f)
@@ -113,7 +122,7 @@ func birdConf(h *nettest.Host, as uint32, prefixes []netip.Prefix, peers []birdP
 		}
 		fmt.Fprintf(&b, "protocol bgp n%d {\n\tlocal %s as %d; neighbor %s as %d; %s\n", i, local, as, p.address, p.as, password)
 		fmt.Fprintf(&b, "\tconnect delay time 1; connect retry time 2; error wait time 1, 2; graceful restart on; graceful restart time %d;\n", birdRestartTime)
-		fmt.Fprintf(&b, "\tipv%d { import all; export all; next hop self; };\n}\n", f)
+		fmt.Fprintf(&b, "\tipv%d { import all; export where source != RTS_DEVICE; next hop self; };\n}\n", f)
 	}
 	return b.String()
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -50,7 +51,7 @@ func benchCommand() *cobra.Command {
 real etcd, twilld is started on one host, and the time is taken until the last entry is
 in the kernel; then the same entries are made one netlink call at a time with plain
 onlink routes, as the reference. At the largest number: one more peer, 1,000 more at
-once, memory, and CPU while nothing happens. Then what "lab bench throughput" measures.`,
+once, memory, and CPU while nothing happens. Then what "lab bench throughput" and "lab bench mesh" measure.`,
 		Example: `  lab bench
   lab bench --peers 100,1000 --idle 10s -o json`,
 		Args: cobra.NoArgs,
@@ -102,15 +103,19 @@ func runBench(ctx context.Context, o benchOptions) error {
 	if err != nil {
 		return err
 	}
+	mesh, err := benchMesh(ctx, defaultMesh)
 	if o.json {
-		return json.NewEncoder(os.Stdout).Encode(struct {
+		return errors.Join(err, json.NewEncoder(os.Stdout).Encode(struct {
 			Scale      []scaleResult    `json:"scale"`
 			Throughput throughputReport `json:"throughput"`
-		}{results, throughput})
+			Mesh       meshReport       `json:"mesh"`
+		}{results, throughput, mesh}))
 	}
 	printBench(results)
 	fmt.Println()
-	return throughput.print()
+	err = errors.Join(err, throughput.print())
+	fmt.Println()
+	return errors.Join(err, mesh.print())
 }
 
 func printBench(results []scaleResult) {

@@ -50,13 +50,10 @@ to every other, then only to route reflectors, which are nodes themselves.`,
 			ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 			defer stop()
 			report, err := benchMesh(ctx, o)
-			if err != nil {
-				return err
-			}
 			if asJSON {
-				return json.NewEncoder(os.Stdout).Encode(report)
+				return errors.Join(err, json.NewEncoder(os.Stdout).Encode(report))
 			}
-			return report.print()
+			return errors.Join(err, report.print())
 		},
 	}
 	cmd.Flags().IntVar(&o.nodes, "nodes", o.nodes, "how many nodes, 188 at most")
@@ -66,7 +63,8 @@ to every other, then only to route reflectors, which are nodes themselves.`,
 	return cmd
 }
 
-// benchMesh measures the mesh, and then the same nodes with reflectors.
+// benchMesh measures the mesh, and then the same nodes with reflectors. If one fails,
+// the other is in the report.
 func benchMesh(ctx context.Context, o meshOptions) (meshReport, error) {
 	if o.nodes < 2 || o.nodes > 188 {
 		return nil, fmt.Errorf("--nodes: %d: must be 2..188", o.nodes)
@@ -79,14 +77,19 @@ func benchMesh(ctx context.Context, o meshOptions) (meshReport, error) {
 		runs = append(runs, o.reflectors)
 	}
 	var report meshReport
+	var errs []error
 	for _, reflectors := range runs {
+		if ctx.Err() != nil {
+			break
+		}
 		r, err := runMesh(ctx, o, reflectors)
 		if err != nil {
-			return nil, fmt.Errorf("%s of %d nodes: %w", r.title(), o.nodes, err)
+			errs = append(errs, fmt.Errorf("%s of %d nodes: %w", r.title(), o.nodes, err))
+			continue
 		}
 		report = append(report, r)
 	}
-	return report, nil
+	return report, errors.Join(errs...)
 }
 
 // mesh is a cluster under measurement.
@@ -96,6 +99,7 @@ type mesh struct {
 	reflectors int
 	limit      time.Duration
 	cluster    *e2e.Cluster
+	asking     time.Duration // what asking all nodes took last
 }
 
 // runMesh measures one lab of its own.
@@ -158,7 +162,6 @@ func (m *mesh) converge(ctx context.Context, r *meshResult) error {
 	}
 	r.KernelSeconds = reached.Sub(began).Seconds()
 	last := began
-	ends := 0
 	converged, err := m.await(ctx, func(n *e2e.Node) error {
 		st, err := m.learned(ctx, n, len(m.nodes)-1)
 		for _, s := range st.Sessions {
@@ -172,6 +175,8 @@ func (m *mesh) converge(ctx context.Context, r *meshResult) error {
 		return err
 	}
 	r.SessionsSeconds, r.ConvergedSeconds = last.Sub(began).Seconds(), converged.Sub(began).Seconds()
+	r.AskingSeconds = m.asking.Seconds()
+	ends := 0
 	for i := range m.nodes {
 		ends += m.sessions(i, len(m.nodes)-1)
 	}
@@ -251,6 +256,7 @@ func (m *mesh) await(ctx context.Context, check func(*e2e.Node) error) (time.Tim
 		for _, n := range m.nodes {
 			again = again || check(n) != nil
 		}
+		m.asking = time.Since(at)
 		if !again {
 			return at, nil
 		}

@@ -21,6 +21,7 @@ type meshResult struct {
 	KernelSeconds     float64 `json:"kernel_s"`      // all routes are in all kernels, by lease or BGP
 	SessionsSeconds   float64 `json:"sessions_s"`    // the last session is established
 	ConvergedSeconds  float64 `json:"converged_s"`   // all routes are learned by all
+	AskingSeconds     float64 `json:"asking_s"`      // by so much what is learned may have been so earlier
 	JoinKernelSeconds float64 `json:"join_kernel_s"` // one more node: in all kernels
 	JoinSeconds       float64 `json:"join_s"`        // and learned by all
 	LeaveSeconds      float64 `json:"leave_s"`       // gone from all kernels
@@ -52,6 +53,9 @@ func (r *meshResult) title() string {
 }
 
 func (report meshReport) print() error {
+	if len(report) == 0 {
+		return nil
+	}
 	fmt.Printf("%d nodes with backend bgp, each a real twilld: %d CPUs, %s\n\n", report[0].Nodes, runtime.NumCPU(), runtime.Version())
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 3, ' ', tabwriter.AlignRight)
 	row := func(name string, cell func(*meshResult) string) {
@@ -74,6 +78,7 @@ func (report meshReport) print() error {
 	number("all routes in all kernels s", func(r *meshResult) float64 { return r.KernelSeconds })
 	number("last session established s", func(r *meshResult) float64 { return r.SessionsSeconds })
 	number("all routes learned by all s", func(r *meshResult) float64 { return r.ConvergedSeconds })
+	number("at most so much earlier s", func(r *meshResult) float64 { return r.AskingSeconds })
 	spreads("CPU s of a node until then", "%.2f", func(r *meshResult) *spread { return &r.CPUSeconds })
 	spreads("resident MiB then", "%.1f", func(r *meshResult) *spread { return &r.RSSMiB })
 	spreads("of it the node's own MiB", "%.1f", func(r *meshResult) *spread { return &r.AnonMiB })

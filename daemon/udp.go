@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -19,9 +20,10 @@ import (
 // without the store, and with the queues that the service manager kept.
 type udpTunnel struct {
 	*Daemon
-	file   string
-	tunnel *udptun.Tunnel
-	set    overlay.UDP // what the tunnel was given
+	file    string
+	tunnel  *udptun.Tunnel
+	set     overlay.UDP       // what the tunnel was given
+	leaving []overlay.UDPPeer // that it has besides, until the kernel has moved away
 }
 
 func newUDPTunnel(d *Daemon) *udpTunnel {
@@ -61,11 +63,28 @@ func (u *udpTunnel) prepare(_ context.Context, want *overlay.State) error {
 			return err
 		}
 	} else if !reflect.DeepEqual(u.set, *next) {
+		// The kernel still sends by the tunnel to a peer that is about to leave it:
+		// retire lets go of that one.
+		u.leaving = without(u.set.Peers, next.Peers)
 		u.tunnel.SetOwn(next.Own)
-		u.tunnel.SetPeers(peersOf(*next))
+		u.tunnel.SetPeers(append(peersOf(u.leaving), peersOf(next.Peers)...))
 		u.set = *next
 	}
 	return u.remember()
+}
+
+// without returns the peers that more has no entry for.
+func without(peers, more []overlay.UDPPeer) (out []overlay.UDPPeer) {
+	has := make(map[netip.Prefix]bool, len(more))
+	for _, p := range more {
+		has[p.Subnet] = true
+	}
+	for _, p := range peers {
+		if !has[p.Subnet] {
+			out = append(out, p)
+		}
+	}
+	return out
 }
 
 func (u *udpTunnel) open(next overlay.UDP) error {
@@ -74,7 +93,7 @@ func (u *udpTunnel) open(next overlay.UDP) error {
 	}
 	kept := keptFiles()
 	t, err := udptun.Open(udptun.Options{
-		Device: overlay.UDPLink, Port: next.Port, Own: next.Own, Peers: peersOf(next), Files: kept, Log: u.log,
+		Device: overlay.UDPLink, Port: next.Port, Own: next.Own, Peers: peersOf(next.Peers), Files: kept, Log: u.log,
 	})
 	for _, f := range kept {
 		f.Close()
@@ -93,9 +112,9 @@ func (u *udpTunnel) open(next overlay.UDP) error {
 	return nil
 }
 
-func peersOf(u overlay.UDP) []udptun.Peer {
-	out := make([]udptun.Peer, 0, len(u.Peers))
-	for _, p := range u.Peers {
+func peersOf(peers []overlay.UDPPeer) []udptun.Peer {
+	out := make([]udptun.Peer, 0, len(peers))
+	for _, p := range peers {
 		out = append(out, udptun.Peer{Subnet: p.Subnet, Addr: p.Addr})
 	}
 	return out
@@ -117,7 +136,14 @@ func (u *udpTunnel) remember() error {
 }
 
 func (u *udpTunnel) retire(_ context.Context, want *overlay.State) {
-	if want.Outside.UDP != nil || u.tunnel == nil {
+	if u.tunnel == nil {
+		return
+	}
+	if want.Outside.UDP != nil {
+		if len(u.leaving) > 0 {
+			u.tunnel.SetPeers(peersOf(u.set.Peers))
+			u.leaving = nil
+		}
 		return
 	}
 	u.close()

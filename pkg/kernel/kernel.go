@@ -44,9 +44,10 @@ type Kernel struct {
 
 // Scope says what Observe and Watch look at besides what is ours.
 type Scope struct {
-	Networks []netip.Prefix // routes of others that overlap these are Foreign
-	Sysctls  []string       // files below /proc/sys
-	Uplink   string         // Watch rings when this link or an address on it changes
+	Networks []netip.Prefix        // routes of others that overlap these are Foreign
+	Places   map[netip.Prefix]bool // and those to exactly these
+	Sysctls  []string              // files below /proc/sys
+	Uplink   string                // Watch rings when this link or an address on it changes
 }
 
 // Failure is an operation that Apply could not do.

@@ -220,8 +220,8 @@ func (o *observer) concerns(r *route) bool {
 	if o.isOwn(r.oif) {
 		return r.Protocol != unix.RTPROT_KERNEL // what comes with an address
 	}
-	if r.Dst.Bits() == 0 {
-		return false
+	if r.Dst.Bits() == 0 || o.scope.Places[r.Dst] {
+		return o.scope.Places[r.Dst]
 	}
 	for _, n := range o.scope.Networks {
 		if n.Overlaps(r.Dst) {

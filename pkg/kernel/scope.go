@@ -1,12 +1,22 @@
 package kernel
 
-import "github.com/twill-net/twill/pkg/overlay"
+import (
+	"net/netip"
+	"slices"
+
+	"github.com/twill-net/twill/pkg/overlay"
+)
 
 // ScopeOf returns what must be looked at to compare the kernel with want.
 func ScopeOf(c overlay.Config, want overlay.State, uplink overlay.Uplink) Scope {
-	s := Scope{Networks: c.Networks(), Uplink: uplink.Name}
+	s := Scope{Networks: c.Networks(), Uplink: uplink.Name, Places: map[netip.Prefix]bool{}}
 	for _, x := range want.Sysctls {
 		s.Sysctls = append(s.Sysctls, x.Key)
+	}
+	for _, r := range want.Routes {
+		if !slices.ContainsFunc(s.Networks, r.Dst.Overlaps) {
+			s.Places[r.Dst] = true
+		}
 	}
 	return s
 }

@@ -163,7 +163,11 @@ func (w *watcher) atOurPlace(dst netip.Prefix) bool {
 	if dst.IsSingleIP() {
 		return false
 	}
-	for _, n := range w.kernel.scope.Load().Networks {
+	scope := w.kernel.scope.Load()
+	if scope.Places[dst] {
+		return true
+	}
+	for _, n := range scope.Networks {
 		if n.Overlaps(dst) {
 			return true
 		}

@@ -217,6 +217,7 @@ type draft struct {
 	shared    map[string]uint32 // nexthop objects that several routes use
 	sharedIDs map[uint32]bool
 	wgPeers   map[string]int // place in state.WGPeers
+	former    bool           // own is called of a former backend
 	neighbors map[Family]int // peers that are reached without encapsulation
 }
 
@@ -298,8 +299,9 @@ func Desired(snap *Snapshot, self Self) (State, []Problem) {
 	n *= len(d.families)
 	d.state.Nexthops, d.state.Routes = make([]Nexthop, 0, n), make([]Route, 0, n)
 	d.state.Neighs, d.state.FDB = make([]Neigh, 0, n), make([]FDB, 0, n)
-	for _, c := range carriers {
+	for i, c := range carriers {
 		if len(d.families) > 0 {
+			d.former = i > 0
 			c.own(d)
 		}
 	}

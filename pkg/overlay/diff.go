@@ -82,6 +82,7 @@ func Diff(have, want State) (Plan, []Problem) {
 	compareAll(&fresh, &stale, have.Links, want.Links, Link.compare, same)
 	compareAll(&fresh, &stale, have.Chains, want.Chains, Chain.compare, func(h, w Chain) bool { return h.Hash == w.Hash })
 	compareAll(&fresh, &stale, have.Addrs, want.Addrs, Addr.compare, same)
+	have.WGPeers = withoutKept(have.WGPeers, want)
 	compareAll(&fresh, &stale, have.WGPeers, want.WGPeers, WGPeer.compare, same)
 	// A nexthop that moves to a VXLAN device takes its routes along at once: the
 	// gateway must be known there before.
@@ -222,6 +223,17 @@ func withoutStrangers(have, want State) State {
 	have.FDB = without(have.FDB, func(f FDB) bool { return stranger[f.Link] })
 	have.WGPeers = without(have.WGPeers, func(p WGPeer) bool { return stranger[p.Link] })
 	return have
+}
+
+// withoutKept leaves out of have the peers that nobody wants and that stay.
+func withoutKept(have []WGPeer, want State) []WGPeer {
+	if len(want.KeepPeers) == 0 {
+		return have
+	}
+	return without(have, func(p WGPeer) bool {
+		_, wanted := slices.BinarySearchFunc(want.WGPeers, p, WGPeer.compare)
+		return !wanted && slices.Contains(want.KeepPeers, p.Link)
+	})
 }
 
 // withoutLost leaves out of have what the link changes of this very plan will

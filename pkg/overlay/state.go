@@ -69,6 +69,10 @@ type State struct {
 	// networks. Only Observe fills it; Diff never changes one of them.
 	Foreign []Route
 
+	// KeepPeers are the WireGuard links of a former backend. A peer that has moved on
+	// is not taken off them: it may not know yet that we have, too.
+	KeepPeers []string
+
 	// Outside is what programs of user space carry. Observe and Diff leave it
 	// alone: the daemon hands each part over whole.
 	Outside Outside

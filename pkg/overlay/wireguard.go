@@ -183,6 +183,9 @@ func (w wireguard) own(d *draft) {
 		name, port := w.link(f)
 		if !made[name] {
 			made[name] = true
+			if d.former {
+				d.state.KeepPeers = append(d.state.KeepPeers, name)
+			}
 			d.state.Links = append(d.state.Links, Link{
 				Name: name, Alias: Alias, Up: true, Kind: kind, MTU: d.linkMTU(name, w, f),
 				WG: WireGuard{Port: port, Key: d.self.WGKey},

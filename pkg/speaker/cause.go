@@ -28,6 +28,7 @@ type causeKind int
 // The first ones say little and do not replace the later.
 const (
 	nothing  causeKind = iota
+	awaited            // it is for the neighbour to dial
 	lost               // the connection ended, nobody said why
 	closed             // the neighbour took the connection and closed it
 	refused            // no one listens
@@ -89,6 +90,8 @@ func (c cause) text(n overlay.BGPNeighbor, counters map[string]uint64) string {
 		us = n.Local.String()
 	}
 	switch c.kind {
+	case awaited:
+		return fmt.Sprintf("no connection from %s yet: is its BGP daemon running, and does a firewall let TCP port %d pass?%s", a, n.Port, signatures(n, counters))
 	case lost:
 		return fmt.Sprintf("%s has closed the connection without a word: it is restarting, or the network between is broken", a)
 	case closed:

@@ -31,6 +31,9 @@ func learned(srv *server.BgpServer, b overlay.BGP) (*overlay.RIB, map[netip.Addr
 	}
 	rib := &overlay.RIB{}
 	for _, f := range []bgp.Family{bgp.RF_IPv4_UC, bgp.RF_IPv6_UC} {
+		if !slices.ContainsFunc(b.Neighbors, func(n overlay.BGPNeighbor) bool { return familyOf(n.Address) == f }) {
+			continue // a table is not cheap to read, even an empty one
+		}
 		req := apiutil.ListPathRequest{TableType: api.TableType_TABLE_TYPE_GLOBAL, Family: f}
 		err := srv.ListPath(req, func(_ bgp.NLRI, paths []*apiutil.Path) {
 			for _, p := range paths {

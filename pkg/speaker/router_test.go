@@ -200,7 +200,8 @@ func TestPassword(t *testing.T) {
 				s.fails(a, "check that both ends have the same; this node's kernel has dropped")
 				o.fails(far, "A password is set")
 			case 1:
-				o.fails(far, "it has a password for this session and this node has none")
+				s.fails(a, "A password is set: check that both ends have the same")
+				o.fails(far, "no answer")
 			default:
 				s.established(a)
 			}

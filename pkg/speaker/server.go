@@ -43,15 +43,25 @@ type peering struct {
 	password              string
 	multihop, ttlSecurity uint8
 	client                bool
+	passive               bool // the other end dials: see peeringOf
 	clusterID             netip.Addr
 	hold, restart         time.Duration
+}
+
+// awaits reports whether the other end dials. Of two nodes the one with the higher
+// address does: when both do at once, gobgp can settle on another connection at
+// either end, and the session is not up before the hold timer ends. A neighbour that
+// does not dial for passiveTime is dialled all the same.
+func awaits(n overlay.BGPNeighbor) bool {
+	return n.Node && n.Local.IsValid() && n.Local.Less(n.Address)
 }
 
 func peeringOf(b overlay.BGP, n overlay.BGPNeighbor) peering {
 	return peering{
 		address: n.Address, local: n.Local, asNumber: n.ASNumber, port: n.Port, password: n.Password,
 		multihop: n.Multihop, ttlSecurity: n.TTLSecurity, client: n.Client, clusterID: b.ClusterID,
-		hold: b.HoldTime, restart: b.RestartTime,
+		passive: awaits(n),
+		hold:    b.HoldTime, restart: b.RestartTime,
 	}
 }
 
@@ -252,6 +262,7 @@ func (s *Speaker) peer(b overlay.BGP, p peering) *api.Peer {
 	if p.local.IsValid() {
 		peer.Transport.LocalAddress = p.local.String()
 	}
+	peer.Transport.PassiveMode = p.passive && !s.peers.late(p.address)
 	if p.client {
 		peer.RouteReflector = &api.RouteReflector{RouteReflectorClient: true, RouteReflectorClusterId: p.clusterID.String()}
 	}

@@ -27,6 +27,9 @@ const (
 	silentTime = 5 * time.Second
 )
 
+// passiveTime is how long a neighbour that should dial has for it.
+const passiveTime = time.Minute
+
 // session is what is known of one session beside what the server counts.
 type session struct {
 	neighbor overlay.BGPNeighbor
@@ -38,6 +41,7 @@ type session struct {
 	told     bool   // its End-of-RIB came
 	marks    bool   // it sends one: it can restart gracefully
 	refused  bool   // it has refused a connection
+	late     bool   // it did not dial when it should have: we do
 	accepted uint64 // its prefixes that passed the filters
 	why      cause  // why it is not up
 	farewell cause  // the notification that ends it
@@ -125,6 +129,27 @@ func (t *sessions) count(accepted map[netip.Addr]uint64) {
 	}
 }
 
+// late reports whether the neighbour has not dialled in its time.
+func (t *sessions) late(a netip.Addr) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s := t.all[a]
+	return s != nil && s.late
+}
+
+// newlyLate marks the neighbours whose time to dial has just ended.
+func (t *sessions) newlyLate(now time.Time) map[netip.Addr]bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	out := map[netip.Addr]bool{}
+	for a, s := range t.all {
+		if !s.up && !s.late && now.Sub(s.since) > passiveTime {
+			s.late, out[a] = true, true
+		}
+	}
+	return out
+}
+
 // told notes the End-of-RIB of a neighbour.
 func (t *sessions) told(a netip.Addr) {
 	t.update(a, func(s *session) { s.told = true })
@@ -138,6 +163,11 @@ func (s *session) reason(now time.Time) cause {
 	const answer = 3 * time.Second
 	if (s.state == bgp.BGP_FSM_OPENSENT || s.state == bgp.BGP_FSM_OPENCONFIRM) && now.Sub(s.step) > answer {
 		return s.why.or(cause{mute, ""})
+	}
+	// What it said once does not explain why it does not dial any more.
+	const old = 10 * time.Second
+	if awaits(s.neighbor) && !s.late && now.Sub(s.step) > old {
+		return cause{awaited, ""}
 	}
 	return s.why
 }

@@ -20,6 +20,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/osrg/gobgp/v4/api"
 	"github.com/osrg/gobgp/v4/pkg/server"
 
 	"github.com/twill-net/twill/pkg/overlay"
@@ -149,7 +150,7 @@ func (s *Speaker) Withdraw(ctx context.Context) {
 func (s *Speaker) watch(ctx context.Context, done chan<- struct{}) {
 	defer close(done)
 	// Many updates come in a row: of a full table, the first is no hurry.
-	const gather = 20 * time.Millisecond
+	const gather = 100 * time.Millisecond
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for {
@@ -163,11 +164,29 @@ func (s *Speaker) watch(ctx context.Context, done chan<- struct{}) {
 			case <-time.After(gather):
 			}
 		case <-tick.C: // neighbours that never answer are waited for by the clock
+			s.dialLate(ctx)
 			if s.settled.Load() {
-				tick.Stop()
+				continue
 			}
 		}
 		s.refresh()
+	}
+}
+
+// dialLate dials the neighbours that should have and did not.
+func (s *Speaker) dialLate(ctx context.Context) {
+	if !s.mu.TryLock() { // Set and stop wait for us, too
+		return
+	}
+	defer s.mu.Unlock()
+	late := s.peers.newlyLate(time.Now())
+	for p := range s.links {
+		if !p.passive || !late[p.address] || s.srv == nil {
+			continue
+		}
+		if _, err := s.srv.UpdatePeer(ctx, &api.UpdatePeerRequest{Peer: s.peer(*s.want.Load(), p)}); err != nil {
+			s.opts.Log.Warn("BGP neighbour cannot be dialled", "neighbor", p.address, "error", err)
+		}
 	}
 }
 

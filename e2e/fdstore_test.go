@@ -123,6 +123,9 @@ func TestUDPQueuesWhileDead(t *testing.T) {
 
 	for _, store := range []string{"with etcd", "without etcd"} {
 		t.Run(store, func(t *testing.T) {
+			for _, f := range families(pods[0]) { // the nodes know each other's Ethernet address
+				must(t, pods[0].Ping(pods[1].Addr(f), 2, 56))
+			}
 			must(t, n.Daemon.Kill9())
 			if store == "without etcd" {
 				must(t, c.Etcd.Stop())

@@ -38,25 +38,21 @@ func newReceiver(t *Tunnel, tun int, socks []int, udp bool) *receiver {
 	return r
 }
 
-func (r *receiver) run() error {
-	fds := r.t.stop.pollFds(unix.POLLIN, r.socks...)
-	for !r.t.stop.done.Load() {
-		idle := true
-		for _, fd := range r.socks {
-			n, e := r.receive(fd)
-			if e != 0 {
-				continue // EAGAIN, or the error of an earlier packet
-			}
-			idle = false
-			if err := r.forward(n); err != nil {
-				return err
-			}
+// pull forwards what the sockets hold, up to one batch of each, and reports
+// whether there was anything.
+func (r *receiver) pull() (bool, error) {
+	some := false
+	for _, fd := range r.socks {
+		n, e := r.receive(fd)
+		if e != 0 {
+			continue // EAGAIN, or the error of an earlier packet
 		}
-		if idle && !r.t.stop.wait(fds) {
-			return nil
+		some = true
+		if err := r.forward(n); err != nil {
+			return true, err
 		}
 	}
-	return nil
+	return some, nil
 }
 
 func (r *receiver) receive(fd int) (int, unix.Errno) {

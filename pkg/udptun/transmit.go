@@ -10,7 +10,7 @@ import (
 // readSlots packets of full size fit into a sender's memory. More would only push
 // the data out of the processor's cache before it is sent.
 const (
-	readSlots = 4
+	readSlots = 8
 	slotLen   = 64 + 65536 // the virtio header ends at byte 64: the copy is aligned
 	slotHead  = 64 - vnetLen
 )
@@ -20,6 +20,7 @@ type sender struct {
 	t     *Tunnel
 	tun   int
 	boxes [2]*outbox // IPv4, IPv6; nil: no socket of the family
+	other *receiver  // of the same queue and thread
 	count *counters
 
 	mem     []byte
@@ -27,31 +28,26 @@ type sender struct {
 	scratch [maxIPLen]byte
 }
 
-func (s *sender) run() error {
-	fds := s.t.stop.pollFds(unix.POLLIN, s.tun)
-	for !s.t.stop.done.Load() {
-		if s.at+slotLen > len(s.mem) {
-			s.flush()
-		}
+// pull sends what the device's queue holds, as much as the memory takes, and
+// reports whether there was anything.
+func (s *sender) pull() (bool, error) {
+	defer s.flush()
+	for s.at+slotLen <= len(s.mem) {
 		b := s.mem[s.at+slotHead : s.at+slotLen]
 		n, e := tunRead(s.tun, b)
 		switch {
 		case e == unix.EAGAIN:
-			s.flush()
-			if !s.t.stop.wait(fds) {
-				return nil
-			}
+			return s.at > 0, nil
 		case e == unix.EBADFD:
-			return fmt.Errorf("read: %w: somebody has deleted the device", e)
+			return false, fmt.Errorf("read: %w: somebody has deleted the device", e)
 		case e != 0, n < vnetLen: // one packet that the kernel cannot describe
 			s.count.drop(dropMalformed, 1)
-		default:
-			s.at += (64 - vnetLen + n + 63) &^ 63
-			s.packet(b[vnetLen:n], readVnet(b))
+			return true, nil
 		}
+		s.at += (64 - vnetLen + n + 63) &^ 63
+		s.packet(b[vnetLen:n], readVnet(b))
 	}
-	s.flush()
-	return nil
+	return true, nil
 }
 
 func (s *sender) packet(b []byte, v vnet) {
@@ -133,8 +129,7 @@ func (s *sender) send(o *outbox) {
 		switch e {
 		case unix.EINTR:
 		case unix.EAGAIN, unix.ENOBUFS:
-			// The network card's queue is full: packets wait in the device's.
-			if !s.t.stop.wait(s.t.stop.pollFds(unix.POLLOUT, o.fd)) {
+			if !s.room(o.fd) {
 				i = len(raw)
 			}
 		default:
@@ -143,6 +138,22 @@ func (s *sender) send(o *outbox) {
 		}
 	}
 	o.reset()
+}
+
+// room waits for the network card, whose queue is full: packets stay in the
+// device's. Those that arrive meanwhile go on.
+func (s *sender) room(fd int) bool {
+	fds := s.t.stop.pollFds(unix.POLLIN, s.other.socks...)
+	for i := range fds {
+		if int(fds[i].Fd) == fd {
+			fds[i].Events |= unix.POLLOUT
+		}
+	}
+	if !s.t.stop.wait(fds) {
+		return false
+	}
+	_, err := s.other.pull()
+	return err == nil // without a device there is nothing to send, either
 }
 
 // failed sends the packets of a message one by one, to find those that can go.

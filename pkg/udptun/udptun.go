@@ -44,8 +44,8 @@ type Options struct {
 	Own []netip.Prefix
 	// Peers to begin with: what the kernel has queued in Files is sent at once.
 	Peers []Peer
-	// Queues of the device, each with a socket per family and a thread per
-	// direction. 0: as many as there are processors, at most 8.
+	// Queues of the device, each with a socket per family and a thread. 0: as many as
+	// there are processors, at most 8.
 	Queues int
 	Log    *slog.Logger
 	// Files are those of an earlier Tunnel, also of another process. The ones
@@ -165,20 +165,21 @@ func (t *Tunnel) start() {
 		}
 	}
 	for i, tun := range t.tuns {
-		s := &sender{t: t, tun: tun, count: &counters{}, mem: make([]byte, readSlots*slotLen)}
 		var fds []int
+		var boxes [2]*outbox
 		for _, e := range t.socks[i] {
 			family := 0
 			if e.v6 {
 				family = 1
 			}
-			s.boxes[family] = &outbox{endpoint: e}
+			boxes[family] = &outbox{endpoint: e}
 			fds = append(fds, e.fd)
 		}
 		r := newReceiver(t, tun, fds, udp)
+		s := &sender{t: t, tun: tun, boxes: boxes, other: r, count: &counters{}, mem: make([]byte, readSlots*slotLen)}
 		t.senders, t.receivers = append(t.senders, s), append(t.receivers, r)
-		t.threads.Go(func() { t.failed(s.run()) })
-		t.threads.Go(func() { t.failed(r.run()) })
+		q := &queue{sender: s, receiver: r, stop: t.stop}
+		t.threads.Go(func() { t.failed(q.run()) })
 	}
 }
 

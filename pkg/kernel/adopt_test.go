@@ -59,7 +59,7 @@ func traffic(t *testing.T) (stop func() (rounds int)) {
 		}
 	}
 	send()
-	end, ended := make(chan struct{}), make(chan int)
+	end, ended, begun := make(chan struct{}), make(chan int), make(chan struct{})
 	go func() {
 		n := 0
 		for ; ; n++ {
@@ -70,8 +70,12 @@ func traffic(t *testing.T) (stop func() (rounds int)) {
 			default:
 				send()
 			}
+			if n == 0 {
+				close(begun)
+			}
 		}
 	}()
+	<-begun
 	return func() int {
 		close(end)
 		n := <-ended

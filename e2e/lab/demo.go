@@ -75,6 +75,7 @@ func runDemo(ctx context.Context, keep bool) (err error) {
 		{"Pods reach each other", d.reach},
 		{"A route, a neighbour and an FDB entry are deleted on h1", d.sabotage},
 		{"twilld on h2 is killed and started again under traffic", d.restart},
+		{"The cluster moves from VXLAN to plain routes, to BGP and back under traffic", d.move},
 	} {
 		if ctx.Err() != nil {
 			return ctx.Err()
@@ -205,23 +206,61 @@ func (d *demo) sabotage() error {
 
 func (d *demo) restart() error {
 	n := d.cluster.Nodes[1]
+	return d.probed(func() error {
+		if err := n.Daemon.Kill9(); err != nil {
+			return err
+		}
+		fmt.Println("h2# kill -9 $(pidof twilld)")
+		time.Sleep(2 * time.Second)
+		if err := n.Daemon.Start(); err != nil {
+			return err
+		}
+		if err := n.WaitReady(d.ctx); err != nil {
+			return err
+		}
+		fmt.Println("h2# twilld … : ready again")
+		return nil
+	})
+}
+
+// move stores one backend after the other.
+func (d *demo) move() error {
+	return d.probed(func() error {
+		for _, backend := range []string{"host-gw", "bgp", "vxlan"} {
+			config := e2e.ConfigDual
+			if backend != "vxlan" {
+				config = strings.Replace(config, `"Type": "vxlan", "Port": 4789`, `"Type": "`+backend+`"`, 1)
+			}
+			if err := d.cluster.Configure(d.ctx, config); err != nil {
+				return err
+			}
+			began := time.Now()
+			for _, n := range d.cluster.Nodes {
+				err := n.WaitStatus(d.ctx, "moved to "+backend, func(s overlay.Status) bool { return s.Ready && s.Backend == backend })
+				if err == nil {
+					err = n.WaitInSync(d.ctx)
+				}
+				if err != nil {
+					return err
+				}
+			}
+			fmt.Printf("stored %s: all three nodes use it after %.1f s\n", config, time.Since(began).Seconds())
+		}
+		return nil
+	})
+}
+
+// probed sends probes from one pod to another while something happens. None may be
+// lost.
+func (d *demo) probed(what func() error) error {
 	probe, err := nettest.StartProbe(d.pods[0].NS, d.pods[1].NS, d.pods[1].IPv4)
 	if err != nil {
 		return err
 	}
 	time.Sleep(time.Second)
-	if err := n.Daemon.Kill9(); err != nil {
+	if err := what(); err != nil {
 		return err
 	}
-	fmt.Println("h2# kill -9 $(pidof twilld)")
-	time.Sleep(2 * time.Second)
-	if err := n.Daemon.Start(); err != nil {
-		return err
-	}
-	if err := n.WaitReady(d.ctx); err != nil {
-		return err
-	}
-	fmt.Println("h2# twilld … : ready again")
 	time.Sleep(time.Second)
 	r, err := probe.Stop()
 	if err != nil {

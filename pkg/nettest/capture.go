@@ -64,7 +64,7 @@ func (c *Capture) open() error {
 	if err != nil {
 		return os.NewSyscallError("socket", err)
 	}
-	const buffer = 16 << 20 // bytes: a burst of thousands of frames
+	const buffer = 128 << 20 // bytes: a burst of thousands of frames, 64 KiB each
 	err = os.NewSyscallError("setsockopt", unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, buffer))
 	if err == nil {
 		const all = unix.ETH_P_ALL<<8&0xff00 | unix.ETH_P_ALL>>8 // in network byte order

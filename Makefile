@@ -35,7 +35,7 @@ $(BIN)/lab: $(GO_FILES)
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./e2e/lab
 
 .PHONY: demo
-demo: deps build ## three hosts, an etcd, pods: see packets cross the overlay (KEEP=1 leaves it up)
+demo: deps build ## three hosts, an etcd, pods: see packets cross, and the backend change (KEEP=1 leaves it up)
 	@TWILL_BIN_DIR=$(BIN) $(BIN)/lab demo $(if $(KEEP),--keep)
 
 .PHONY: test

@@ -188,8 +188,13 @@ func (h *healing) linkDamage(link string) []damage {
 	all := []damage{
 		deleted,
 		{name: link + " set down", command: "ip link set " + link + " down", kind: "link", what: link, before: " down", after: " up"},
-		{name: link + " set down and up", command: fmt.Sprintf("ip link set %s down; ip link set %[1]s up", link), kind: "route", what: h.routeOn(link), before: "absent", after: "nhid"},
 		{name: link + " with another MTU", command: "ip link set " + link + " mtu 1400", kind: "link", what: link, before: "mtu 1400", after: fmt.Sprintf("mtu %d", good.MTU)},
+	}
+	if route := h.routeOn(link); route != "" { // with direct routing nothing leads there
+		all = append(all, damage{
+			name: link + " set down and up", command: fmt.Sprintf("ip link set %s down; ip link set %[1]s up", link),
+			kind: "route", what: route, before: "absent", after: "nhid",
+		})
 	}
 	if good.Kind == overlay.KindVXLAN {
 		all = append(all, damage{
@@ -216,7 +221,7 @@ func (h *healing) routeOn(link string) string {
 			return r.Dst.String()
 		}
 	}
-	return "no route on " + link
+	return ""
 }
 
 func nexthopOf(s overlay.State, r overlay.Route) overlay.Nexthop {

@@ -51,6 +51,8 @@ const (
 	// kernelPause bounds how often kernel events make the loop read everything:
 	// a program that fights us must not burn the node.
 	kernelPause = 100 * time.Millisecond
+	// wireGuardResync is the time between two looks at a WireGuard device's peers.
+	wireGuardResync = 10 * time.Second
 )
 
 func (d *Daemon) reconcile(ctx context.Context) error {
@@ -97,8 +99,11 @@ func (d *Daemon) newLoop() *loop {
 
 // pause returns how long until the next full pass that nothing asks for.
 func (l *loop) pause() time.Duration {
-	if l.retry > 0 {
+	switch {
+	case l.retry > 0:
 		return l.retry
+	case l.want != nil && len(l.want.WGPeers) > 0:
+		return jitter(wireGuardResync) // WireGuard tells nobody that it was changed
 	}
 	return jitter(l.cfg.Resync)
 }

@@ -64,10 +64,6 @@ func (s *trial) wireguardDamage(h *healing) []damage {
 			command: fmt.Sprintf("k=$(wg show %s peers | head -1); wg set %[1]s peer $k remove", link),
 			kind:    "wgpeer", what: link, before: "absent", after: "endpoint",
 		}, damage{
-			name:    "peer of " + link + " with another endpoint",
-			command: fmt.Sprintf("k=$(wg show %s peers | head -1); wg set %[1]s peer $k endpoint 198.51.100.99:9", link),
-			kind:    "wgpeer", what: link, before: "198.51.100.99:9", after: "endpoint",
-		}, damage{
 			name:    "peer of " + link + " without its subnet",
 			command: fmt.Sprintf("k=$(wg show %s peers | head -1); wg set %[1]s peer $k allowed-ips 198.18.0.0/24", link),
 			kind:    "wgpeer", what: link, before: "198.18.0.0/24", after: "endpoint",

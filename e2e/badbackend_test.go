@@ -53,8 +53,9 @@ func TestFarPeers(t *testing.T) {
 				}
 			} else {
 				must(t, n.waitProblem(ctx))
-				for _, near := range []string{subnetOf(pods[1], overlay.IPv4).String(), subnetOf(pods[1], overlay.IPv6).String()} {
-					if out := n.shell(t, "ip -d route show root "+near); !strings.Contains(out, "dev eth0") {
+				for _, f := range families(pods[1]) {
+					near := subnetOf(pods[1], f)
+					if out := n.shell(t, fmt.Sprintf("ip -%d -d route show %s", map[overlay.Family]int{overlay.IPv4: 4, overlay.IPv6: 6}[f], near)); !strings.Contains(out, "dev eth0") {
 						t.Errorf("the near peer is not reached directly: %s", out)
 					}
 				}

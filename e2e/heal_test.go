@@ -182,8 +182,8 @@ func (h *healing) linkDamage(link string) []damage {
 		}
 	}
 	deleted := damage{name: link + " deleted", command: "ip link del " + link, kind: "link", what: link, before: "absent", after: " up"}
-	if good.Kind == overlay.KindTUN { // its program makes another before the kernel is looked at
-		deleted.before = " down"
+	if good.Kind == overlay.KindTUN { // its program may have made another before the kernel is looked at
+		deleted.before = ""
 	}
 	all := []damage{
 		deleted,

@@ -17,7 +17,7 @@ import (
 
 const (
 	pathPeriod  = 10 * time.Minute
-	pathGap     = 100 * time.Millisecond // between packets, whoever they are for
+	pathGap     = 500 * time.Millisecond // between packets, whoever they are for
 	pathTimeout = time.Second            // of waiting for an answer
 	pathProbes  = 8                      // targets probed at once
 )

@@ -14,7 +14,8 @@ func ScopeOf(c overlay.Config, want overlay.State, uplink overlay.Uplink) Scope 
 		s.Sysctls = append(s.Sysctls, x.Key)
 	}
 	for _, r := range want.Routes {
-		if !slices.ContainsFunc(s.Networks, r.Dst.Overlaps) {
+		inside := func(n netip.Prefix) bool { return n.Bits() <= r.Dst.Bits() && n.Overlaps(r.Dst) }
+		if !slices.ContainsFunc(s.Networks, inside) {
 			s.Places[r.Dst] = true
 		}
 	}

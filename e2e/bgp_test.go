@@ -84,7 +84,10 @@ func startDataCentre(t *testing.T, password, more string, announced ...string) *
 	must(t, d.bird.serve(prefixes(append(birdNets, sharedNets...)...)...))
 	must(t, d.frr.serve(prefixes(append(frrNets, sharedNets...)...)...))
 	must(t, c.Start(ctx))
-	for _, n := range c.Nodes { // not in sync: what is announced may be refused
+	if more == "" {
+		must(t, c.WaitPeers(ctx))
+	}
+	for _, n := range c.Nodes { // with import rules not in sync: what is announced may be refused
 		must(t, n.WaitStatus(ctx, "done with its peers", func(s overlay.Status) bool { return s.Ready && s.Peers == 1 }))
 	}
 	d.pods = onePod(t, c)

@@ -6,7 +6,7 @@ SHELL := /bin/bash
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 BIN     := build/bin
-PROGRAMS := $(BIN)/twilld $(BIN)/netctl $(BIN)/twill $(BIN)/lab
+PROGRAMS := $(BIN)/twilld $(BIN)/netctl $(BIN)/twill $(BIN)/lab $(BIN)/nothing
 GO_FILES := $(shell find daemon e2e pkg plugins -name '*.go') go.mod go.sum
 FUZZTIME ?= 10s
 
@@ -30,9 +30,11 @@ $(BIN)/twilld: $(GO_FILES)
 $(BIN)/netctl: $(GO_FILES)
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./daemon/cmd/netctl
 $(BIN)/twill: $(GO_FILES)
-	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./plugins/twill
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w -X main.release=$(VERSION)' -o $@ ./plugins/twill
 $(BIN)/lab: $(GO_FILES)
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./e2e/lab
+$(BIN)/nothing: $(GO_FILES)
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./e2e/nothing
 
 .PHONY: demo
 demo: deps build ## three hosts, an etcd, pods: see packets cross, and the backend change (KEEP=1 leaves it up)

@@ -54,7 +54,7 @@ func Cleanup(ctx context.Context, cfg Config, out io.Writer, log *slog.Logger) e
 	case ports > 0:
 		fmt.Fprintf(out, "link %s stays: %d pods hang on it\n", overlay.Bridge, ports)
 	}
-	for _, file := range []string{cfg.SubnetFile, cfg.HandoffFile(), formerFile(cfg.SubnetFile), udpFile(cfg.SubnetFile), cfg.Socket} {
+	for _, file := range []string{cfg.SubnetFile, cfg.HandoffFile(), formerFile(cfg.SubnetFile), udpFile(cfg.SubnetFile), cfg.Socket, pod.SocketFor(cfg.HandoffFile())} {
 		switch err := os.Remove(file); {
 		case err == nil:
 			fmt.Fprintln(out, "file delete", file)

@@ -34,6 +34,7 @@ type Config struct {
 
 	SubnetFile string // subnet.env
 	Socket     string // local API
+	CNIDataDir string // reservations and records of this node's pods
 	HealthAddr string // host:port; empty: off
 
 	IPMasq       bool

@@ -37,10 +37,12 @@ type Daemon struct {
 	claim    atomic.Pointer[claim]            // what the loop wants leased
 	held     atomic.Pointer[overlay.Subnets]  // what the keeper holds
 
-	storeBell  bell          // a new Snapshot or lease
-	kernelBell bell          // something changed that we did not
-	keeperBell bell          // the claim or the Snapshot changed
-	written    chan struct{} // closed after the first write to the kernel
+	storeBell    bell          // a new Snapshot or lease
+	kernelBell   bell          // something changed that we did not
+	keeperBell   bell          // the claim or the Snapshot changed
+	podBell      bell          // the plugin handed links over
+	firewallBell bell          // somebody changed a rule
+	written      chan struct{} // closed after the first write to the kernel
 
 	drift   driftLog
 	metrics *metrics
@@ -72,7 +74,7 @@ func Run(ctx context.Context, cfg Config, version string, log *slog.Logger) erro
 
 	d := &Daemon{
 		cfg: cfg, version: version, log: log, started: time.Now(),
-		storeBell: newBell(), kernelBell: newBell(), keeperBell: newBell(),
+		storeBell: newBell(), kernelBell: newBell(), keeperBell: newBell(), podBell: newBell(), firewallBell: newBell(),
 		written: make(chan struct{}),
 	}
 	d.metrics = newMetrics(d)
@@ -93,6 +95,10 @@ func Run(ctx context.Context, cfg Config, version string, log *slog.Logger) erro
 	if err != nil {
 		return err
 	}
+	plugin, err := d.listenPlugin()
+	if err != nil {
+		return errors.Join(err, closeAll(servers))
+	}
 	log.Info("started", "version", version, "etcd", cfg.Etcd.Endpoints, "prefix", cfg.Etcd.Prefix)
 
 	g, ctx := errgroup.WithContext(ctx)
@@ -103,6 +109,9 @@ func Run(ctx context.Context, cfg Config, version string, log *slog.Logger) erro
 	g.Go(func() error { return d.bgp.run(ctx) })
 	g.Go(func() error { return d.keepLease(ctx) })
 	g.Go(func() error { return d.reconcile(ctx) })
+	g.Go(func() error { return d.servePlugin(ctx, plugin) })
+	g.Go(func() error { return d.tidy(ctx) })
+	g.Go(func() error { return d.keepPorts(ctx) })
 	for _, s := range servers {
 		g.Go(func() error { return s.serve(ctx) })
 	}
@@ -155,7 +164,12 @@ func (d *Daemon) watchKernel(ctx context.Context) error {
 		return ctx.Err()
 	case <-d.written:
 	}
-	return d.kernel.Watch(ctx, d.kernelBell.ring)
+	return d.kernel.Watch(ctx, func(why string) {
+		d.kernelBell.ring(why)
+		if why == kernel.FirewallChanged {
+			d.firewallBell.ring(why)
+		}
+	})
 }
 
 func (d *Daemon) update(f func(*report)) {

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io"
 	"strings"
+
+	"github.com/twill-net/twill/pkg/pod"
 )
 
 // flags holds the raw flag values before validation.
@@ -70,6 +72,7 @@ func newFlags() *flags {
 
 	s.StringVar(&c.SubnetFile, "subnet-file", "/run/flannel/subnet.env", "`file` for the node's subnet; twill.json for the CNI plugin is written beside it")
 	s.StringVar(&c.Socket, "socket", "", "`path` of the local API for netctl (default twilld.sock beside --subnet-file)")
+	s.StringVar(&c.CNIDataDir, "cni-data-dir", pod.DefaultDataDir, "`directory` with the addresses of this node's pods, as dataDir in the CNI configuration")
 	s.IntVar(&f.renewMargin, "subnet-lease-renew-margin", 60, "renew the lease at the latest this many `minutes` before it ends, 1..1439")
 
 	s.BoolVar(&c.IPMasq, "ip-masq", false, "masquerade traffic that leaves the pod network")
@@ -123,6 +126,7 @@ kernel so that packets find every other node's pods. Stopping it stops no packet
 Example:
   twilld --etcd-endpoints=http://127.0.0.1:2379 --ip-masq
   twilld --cleanup
+  twilld install-cni --help
 
 Flags (each also as FLANNELD_NAME_IN_CAPITALS in the environment):
 `)

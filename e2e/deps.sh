@@ -10,7 +10,7 @@ packages=(iproute2 iptables nftables iputils-ping procps util-linux gcc libc6-de
 etcd=build/etcd-3.4 kernel=build/guest/kernel
 unpacked=true
 if [ "${1:-}" = test ]; then
-	packages+=(bird2 frr frr-pythontools wireguard-tools qemu-system-x86 busybox-static cpio kmod)
+	packages+=(bird2 frr frr-pythontools wireguard-tools qemu-system-x86 busybox-static cpio kmod containerd runc)
 	[ -x $etcd/usr/bin/etcd ] && [ -e $kernel/modules-listed ] || unpacked=false
 fi
 missing=()

@@ -51,7 +51,8 @@ func benchCommand() *cobra.Command {
 real etcd, twilld is started on one host, and the time is taken until the last entry is
 in the kernel; then the same entries are made one netlink call at a time with plain
 onlink routes, as the reference. At the largest number: one more peer, 1,000 more at
-once, memory, and CPU while nothing happens. Then what "lab bench throughput" and "lab bench mesh" measure.`,
+once, memory, and CPU while nothing happens. Then what "lab bench throughput",
+"lab bench mesh" and "lab bench cni" measure.`,
 		Example: `  lab bench
   lab bench --peers 100,1000 --idle 10s -o json`,
 		Args: cobra.NoArgs,
@@ -61,7 +62,7 @@ once, memory, and CPU while nothing happens. Then what "lab bench throughput" an
 			return runBench(ctx, o)
 		},
 	}
-	cmd.AddCommand(throughputCommand(), meshCommand())
+	cmd.AddCommand(throughputCommand(), meshCommand(), cniCommand())
 	cmd.Flags().IntSliceVar(&o.peers, "peers", []int{100, 1000, 10000}, "numbers of peers, the largest last, 14000 at most")
 	cmd.Flags().DurationVar(&o.idle, "idle", time.Minute, "how long to measure an idle daemon")
 	cmd.Flags().VarPF((*jsonFlag)(&o.json), "output", "o", "table or json")
@@ -104,18 +105,23 @@ func runBench(ctx context.Context, o benchOptions) error {
 		return err
 	}
 	mesh, err := benchMesh(ctx, defaultMesh)
+	cni, cniErr := benchCNI(ctx, defaultCNI)
+	err = errors.Join(err, cniErr)
 	if o.json {
 		return errors.Join(err, json.NewEncoder(os.Stdout).Encode(struct {
 			Scale      []scaleResult    `json:"scale"`
 			Throughput throughputReport `json:"throughput"`
 			Mesh       meshReport       `json:"mesh"`
-		}{results, throughput, mesh}))
+			CNI        cniReport        `json:"cni"`
+		}{results, throughput, mesh, cni}))
 	}
 	printBench(results)
 	fmt.Println()
 	err = errors.Join(err, throughput.print())
 	fmt.Println()
-	return errors.Join(err, mesh.print())
+	err = errors.Join(err, mesh.print())
+	fmt.Println()
+	return errors.Join(err, cni.print())
 }
 
 func printBench(results []scaleResult) {

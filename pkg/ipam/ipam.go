@@ -5,18 +5,30 @@
 //	<data dir>/<network>/10.5.1.7            "<container id>\r\n<interface>"
 //	<data dir>/<network>/last_reserved_ip.0  where the round robin stands (0: first range set)
 //	<data dir>/<network>/lock                flock(2) held by every writer
+//
+// What host-local does not know is beside that, and may be deleted at any time:
+//
+//	<data dir>/.twill/ipam/<network>/rest/10.5.1.7  released when it was last modified; content: kept for whom
+//	<data dir>/.twill/ipam/<network>/sticky/<hash>  of a pod that ended: its name, its addresses
+//	<data dir>/.twill/ipam/<network>/tidied         when the two above were last tidied up
+//
+// A process may be killed anywhere. What it leaves is an empty file, which is no
+// reservation, or reservations of its own, which Release frees. Nothing is synced
+// to disk: a power cut ends the pods as well.
 package ipam
 
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
+	"time"
 )
+
+// MaxCoolDown is how long an address can rest.
+const MaxCoolDown = 24 * time.Hour
 
 // Owner is whom an address is reserved for: one interface of one container.
 type Owner struct {
@@ -33,30 +45,52 @@ func (o Owner) Holds(p Owner) bool {
 
 // Dir is the reservations of one network.
 type Dir struct {
-	path string
+	path  string // host-local's
+	state string // Twill's own
 }
 
 // NewDir returns the reservations of the network below dataDir. It touches
 // nothing on disk.
 func NewDir(dataDir, network string) Dir {
-	return Dir{path: filepath.Join(dataDir, network)}
+	return Dir{path: filepath.Join(dataDir, network), state: filepath.Join(dataDir, ".twill", "ipam", network)}
 }
 
-// ExhaustedError says that every address of a subnet is reserved.
-type ExhaustedError struct {
-	Subnet netip.Prefix
-	InUse  int
-	Dir    string // where the reservations are
+// Request is what one interface of a pod needs.
+type Request struct {
+	Owner Owner
+	// Sets: one address is taken of each. Set i is host-local's range set i.
+	Sets [][]Range
+	// Wanted addresses must lie in a set, one in each at most. They are given even
+	// if they are excluded or at rest. The other sets choose for themselves.
+	Wanted   []netip.Addr
+	Pod      string        // namespace/name; empty: none
+	Sticky   bool          // the pod gets the addresses again that it had, if they are free
+	CoolDown time.Duration // how long an address rests after one pod before another gets it
 }
 
-func (e *ExhaustedError) Error() string {
-	return fmt.Sprintf("no free address in %s: %d in use, reserved by the files in %s", e.Subnet, e.InUse, e.Dir)
+// Address is one that a pod has.
+type Address struct {
+	Prefix  netip.Prefix // the address with the length of its subnet
+	Gateway netip.Addr
 }
 
-// Allocate reserves one address of each subnet, or none at all. Subnet i is
-// host-local's range set i. Each address comes with the length of its subnet.
-// A subnet without a free address is an *ExhaustedError.
-func (d Dir) Allocate(o Owner, subnets []netip.Prefix) ([]netip.Prefix, error) {
+// Reservation is one address that is in use.
+type Reservation struct {
+	Addr  netip.Addr
+	Owner Owner
+}
+
+// Allocate reserves one address of each set, or none at all. Errors that say what
+// is wrong with the request are *RangeError, *OutOfRangeError, *TakenError and
+// *ExhaustedError.
+func (d Dir) Allocate(req Request) ([]Address, error) {
+	if id := strings.TrimSpace(req.Owner.ContainerID); id == "" || strings.ContainsAny(id+req.Owner.IfName, "\r\n") {
+		return nil, fmt.Errorf("reserve for container %q, interface %q: give one line each, the container at least", req.Owner.ContainerID, req.Owner.IfName)
+	}
+	al, err := d.plan(req)
+	if err != nil {
+		return nil, err
+	}
 	if err := os.MkdirAll(d.path, 0o755); err != nil {
 		return nil, fmt.Errorf("create reservation directory: %w", err)
 	}
@@ -66,92 +100,48 @@ func (d Dir) Allocate(o Owner, subnets []netip.Prefix) ([]netip.Prefix, error) {
 	}
 	defer unlock()
 
-	var got []netip.Prefix
-	for i, subnet := range subnets {
-		a, err := d.allocate(o, subnet, i)
-		if err != nil {
-			for _, p := range got {
-				err = errors.Join(err, d.remove(p.Addr()))
-			}
-			return nil, err
-		}
-		got = append(got, netip.PrefixFrom(a, subnet.Bits()))
-	}
-	return got, nil
-}
-
-// allocate takes the first free address after the one handed out last, so that
-// an address rests as long as possible before another pod gets it. The number of
-// pods costs nothing: only neighbours that are taken are looked at.
-func (d Dir) allocate(o Owner, subnet netip.Prefix, set int) (netip.Addr, error) {
-	r, err := rangeOf(subnet)
-	if err != nil {
-		return netip.Addr{}, err
-	}
-	taken := 0
-	for a := range r.after(d.last(set)) {
-		ok, err := d.reserve(a, o)
-		if err != nil {
-			return netip.Addr{}, err
-		}
-		if !ok {
-			taken++
-			continue
-		}
-		if err := os.WriteFile(d.lastFile(set), []byte(a.String()), 0o600); err != nil {
-			return netip.Addr{}, errors.Join(fmt.Errorf("write round robin: %w", err), d.remove(a))
-		}
-		return a, nil
-	}
-	return netip.Addr{}, &ExhaustedError{Subnet: subnet, InUse: taken, Dir: d.path}
-}
-
-// reserve writes the reservation of a, and reports false if somebody else has it.
-// The caller holds the lock, as does every writer, host-local's too: an empty file
-// is of a writer that was killed, and no reservation.
-func (d Dir) reserve(a netip.Addr, o Owner) (bool, error) {
-	name := d.Path(a)
-	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if errors.Is(err, fs.ErrExist) {
-		if _, err := d.Owner(a); !errors.Is(err, fs.ErrNotExist) {
-			return false, err
-		}
-		f, err = os.OpenFile(name, os.O_WRONLY|os.O_TRUNC, 0o600)
+	al.claim = func(a netip.Addr) (bool, error) { return d.reserve(a, req.Owner) }
+	err = al.takeAll()
+	if err == nil {
+		err = al.settle()
 	}
 	if err != nil {
-		return false, fmt.Errorf("reserve %s: %w", a, err)
+		return nil, errors.Join(err, al.undo())
 	}
-	_, err = f.Write(format(o))
-	if err := errors.Join(err, f.Close()); err != nil {
-		return false, errors.Join(fmt.Errorf("reserve %s: %w", a, err), d.remove(a))
+	var out []Address
+	for i, t := range al.taken {
+		out = append(out, al.sets[i].address(t.addr))
 	}
-	return true, nil
+	return out, nil
 }
 
-// Free returns nil if subnet has a free address, else an *ExhaustedError.
-func (d Dir) Free(subnet netip.Prefix, set int) error {
-	r, err := rangeOf(subnet)
+// Free returns nil if each set has an address that nobody has, else an
+// *ExhaustedError.
+func (d Dir) Free(sets [][]Range) error { return d.FreeFor(Request{Sets: sets}) }
+
+// FreeFor returns the error that Allocate would return now. It writes nothing.
+func (d Dir) FreeFor(req Request) error {
+	al, err := d.plan(req)
 	if err != nil {
 		return err
 	}
-	taken := 0
-	for a := range r.after(d.last(set)) {
-		_, err := os.Lstat(d.Path(a))
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil
-		}
-		if err != nil {
-			return fmt.Errorf("look up %s: %w", a, err)
-		}
-		taken++
-	}
-	return &ExhaustedError{Subnet: subnet, InUse: taken, Dir: d.path}
+	al.claim = d.isFree
+	return al.takeAll()
+}
+
+// ReleaseOptions say what becomes of released addresses. They are what the
+// Request said.
+type ReleaseOptions struct {
+	Pod      string
+	Sticky   bool
+	CoolDown time.Duration
 }
 
 // Release frees the addresses of o. If known says where they are, and they are
 // there, nothing else is read; else all reservations are. Releasing what is not
-// reserved succeeds.
-func (d Dir) Release(o Owner, known []netip.Addr) error {
+// reserved succeeds. An address is freed even if it cannot be written down that it
+// rests; then that is the error, once.
+func (d Dir) Release(o Owner, known []netip.Addr, opts ReleaseOptions) error {
 	unlock, err := d.lock()
 	if isAbsent(err) {
 		return nil
@@ -161,30 +151,29 @@ func (d Dir) Release(o Owner, known []netip.Addr) error {
 	}
 	defer unlock()
 
-	missed := len(known) == 0
+	addrs, err := d.held(o, known)
+	if len(addrs) > 0 && (opts.Sticky || opts.CoolDown > 0) {
+		err = errors.Join(err, d.putToRest(addrs, o, opts), d.tidyIfDue(opts.CoolDown))
+	}
+	return errors.Join(err, d.removeAll(addrs))
+}
+
+// held returns the addresses of o.
+func (d Dir) held(o Owner, known []netip.Addr) ([]netip.Addr, error) {
+	var addrs []netip.Addr
 	for _, a := range known {
-		got, err := d.Owner(a)
-		if err != nil || !got.Holds(o) {
-			missed = true
-			continue
-		}
-		if err := d.remove(a); err != nil {
-			return err
+		if got, err := d.Owner(a); err == nil && got.Holds(o) {
+			addrs = append(addrs, a)
 		}
 	}
-	if !missed {
-		return nil
+	if len(known) > 0 && len(addrs) == len(known) {
+		return addrs, nil
 	}
-	_, err = d.sweep(func(got Owner) bool { return !got.Holds(o) })
-	return err
+	return d.abandoned(func(got Owner) bool { return !got.Holds(o) })
 }
 
-// isAbsent reports that there is no directory, and so no reservation.
-func isAbsent(err error) bool {
-	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR)
-}
-
-// Sweep frees the addresses whose owners are not kept, and returns them.
+// Sweep frees the addresses whose owners are not kept, and returns them. If
+// addresses of this network rest, these do too.
 func (d Dir) Sweep(keep func(Owner) bool) ([]netip.Addr, error) {
 	unlock, err := d.lock()
 	if isAbsent(err) {
@@ -194,87 +183,39 @@ func (d Dir) Sweep(keep func(Owner) bool) ([]netip.Addr, error) {
 		return nil, err
 	}
 	defer unlock()
-	return d.sweep(keep)
+
+	addrs, err := d.abandoned(keep)
+	if _, e := os.Lstat(filepath.Join(d.state, "rest")); !isAbsent(e) {
+		err = errors.Join(err, d.putToRest(addrs, Owner{}, ReleaseOptions{}), d.tidy(MaxCoolDown))
+	}
+	return addrs, errors.Join(err, d.removeAll(addrs))
 }
 
-func (d Dir) sweep(keep func(Owner) bool) ([]netip.Addr, error) {
-	entries, err := os.ReadDir(d.path)
-	if err != nil {
-		return nil, fmt.Errorf("list reservations: %w", err)
-	}
-	var freed []netip.Addr
-	var errs error
-	for _, e := range entries {
-		a, err := netip.ParseAddr(e.Name())
-		if err != nil || e.IsDir() {
-			continue // lock, last_reserved_ip.N, the operator's notes
+// abandoned returns the addresses whose owners are not kept, and removes the
+// empty files of killed writers on its way.
+func (d Dir) abandoned(keep func(Owner) bool) ([]netip.Addr, error) {
+	var addrs, empty []netip.Addr
+	err := d.each(func(a netip.Addr, o Owner) {
+		switch {
+		case o == Owner{}:
+			empty = append(empty, a)
+		case !keep(o):
+			addrs = append(addrs, a)
 		}
-		o, err := d.Owner(a)
-		if err == nil && keep(o) {
-			continue
+	})
+	return addrs, errors.Join(err, d.removeAll(empty))
+}
+
+// List returns all reservations, in the order of their files' names.
+func (d Dir) List() ([]Reservation, error) {
+	var out []Reservation
+	err := d.each(func(a netip.Addr, o Owner) {
+		if o != (Owner{}) {
+			out = append(out, Reservation{a, o})
 		}
-		if err == nil || errors.Is(err, fs.ErrNotExist) {
-			err = d.remove(a)
-		}
-		if err != nil {
-			errs = errors.Join(errs, err)
-			continue
-		}
-		freed = append(freed, a)
+	})
+	if isAbsent(err) {
+		return nil, nil
 	}
-	return freed, errs
-}
-
-// Owner returns whom a is reserved for. An error that is fs.ErrNotExist means
-// nobody; the file of a killed writer counts as nobody's.
-func (d Dir) Owner(a netip.Addr) (Owner, error) {
-	b, err := os.ReadFile(d.Path(a))
-	if err != nil {
-		return Owner{}, fmt.Errorf("read reservation: %w", err)
-	}
-	o, ok := parse(b)
-	if !ok {
-		return Owner{}, fmt.Errorf("read reservation %s: empty: %w", d.Path(a), fs.ErrNotExist)
-	}
-	return o, nil
-}
-
-func (d Dir) remove(a netip.Addr) error {
-	if err := os.Remove(d.Path(a)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("release %s: %w", a, err)
-	}
-	return nil
-}
-
-// Path returns the file that reserves a.
-func (d Dir) Path(a netip.Addr) string { return filepath.Join(d.path, a.String()) }
-
-func (d Dir) lastFile(set int) string {
-	return filepath.Join(d.path, fmt.Sprintf("last_reserved_ip.%d", set))
-}
-
-// last returns the address handed out last, or the zero Addr. A file that cannot
-// be read or makes no sense only restarts the round robin.
-func (d Dir) last(set int) netip.Addr {
-	b, err := os.ReadFile(d.lastFile(set))
-	if err != nil {
-		return netip.Addr{}
-	}
-	a, err := netip.ParseAddr(strings.TrimSpace(string(b)))
-	if err != nil {
-		return netip.Addr{}
-	}
-	return a
-}
-
-// parse reads the content of a reservation. It reports false for a file without
-// content.
-func parse(b []byte) (Owner, bool) {
-	id, ifname, _ := strings.Cut(strings.TrimSpace(string(b)), "\r\n")
-	id = strings.TrimSpace(id)
-	return Owner{ContainerID: id, IfName: strings.TrimSpace(ifname)}, id != ""
-}
-
-func format(o Owner) []byte {
-	return []byte(strings.TrimSpace(o.ContainerID) + "\r\n" + o.IfName)
+	return out, err
 }

@@ -14,6 +14,9 @@ import (
 	"github.com/twill-net/twill/pkg/overlay"
 )
 
+// FirewallChanged is what Watch says when somebody changed a rule, a chain or a table.
+const FirewallChanged = "firewall rules changed"
+
 // Legacy tables send no events and are asked each pollInterval whether they
 // changed. Up to pollLimit, about 1000 rules, their contents are compared too.
 const (
@@ -140,7 +143,7 @@ func (s *eventSocket) listen(ctx context.Context, bell func(reason string)) erro
 		concerned := false
 		whole := messages(buffer[:n], func(h header, body []byte) { concerned = concerned || concernsUs(h, body) })
 		if concerned || !whole { // cut off: we cannot know what it was about
-			bell("firewall rules changed")
+			bell(FirewallChanged)
 		}
 	}
 }
@@ -202,7 +205,7 @@ func (f *firewall) poll(ctx context.Context, last [4]legacyTable, bell func(reas
 		}
 		if now != last {
 			last = now
-			bell("firewall rules changed")
+			bell(FirewallChanged)
 		}
 	}
 }

@@ -214,6 +214,9 @@ func (o *observer) routes() error {
 // concerns reports whether a route belongs in the State: as ours, or as another's
 // in the way.
 func (o *observer) concerns(r *route) bool {
+	if r.leadsToPod(o.isOwn(r.oif)) {
+		return false
+	}
 	if r.Protocol == overlay.Protocol {
 		return true
 	}

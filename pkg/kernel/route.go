@@ -24,6 +24,13 @@ type route struct {
 	hops []uint32
 }
 
+// leadsToPod reports whether the CNI plugin made the route: to one address, by a link
+// that is no overlay's, as own says. The overlay has no part in it.
+func (r *route) leadsToPod(own bool) bool {
+	return r.Protocol == overlay.Protocol && r.typ == unix.RTN_UNICAST && r.Dst.IsSingleIP() &&
+		!own && !r.Gateway.IsValid() && r.NH == 0 && r.hops == nil
+}
+
 func (r *route) oifs() []uint32 {
 	if r.hops != nil {
 		return r.hops

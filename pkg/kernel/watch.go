@@ -150,6 +150,9 @@ func (w *watcher) route(h header, body []byte) string {
 		return ""
 	}
 	_, own := w.own(r.oif)
+	if r.leadsToPod(own) {
+		return ""
+	}
 	verb := verbOf(h, unix.RTM_DELROUTE)
 	if own || r.Protocol == overlay.Protocol || r.Dst.Bits() == 0 || w.atOurPlace(r.Dst) && (verb == overlay.Delete || h.flags&unix.NLM_F_REPLACE != 0) {
 		return fmt.Sprintf("route %s proto %d %s", r.Dst, r.Protocol, past(verb))

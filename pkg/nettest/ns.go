@@ -27,6 +27,10 @@ type NS struct {
 	env func() []string // added to the environment of commands
 }
 
+// MountNS is the path of the bind mount of the mount namespace, empty if commands
+// see the machine's files.
+func (n *NS) MountNS() string { return n.mnt }
+
 // Do runs fn with the calling thread in the namespace. Sockets that fn opens and
 // commands that it starts itself are inside; goroutines that it starts are not.
 func (n *NS) Do(fn func() error) (err error) {

@@ -72,7 +72,7 @@ func newMountNS(path, netns, lockFile string) error {
 // programs of a node keep their state.
 func mountOwnDirs() error {
 	for _, dir := range []string{
-		"/run/flannel", "/run/twill", "/var/lib/cni", "/etc/cni",
+		"/run/flannel", "/run/twill", "/var/lib/cni", "/etc/cni", "/opt/cni", "/run/containerd",
 		"/run/wireguard", "/run/bird", "/etc/bird", "/run/frr", "/etc/frr",
 	} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {

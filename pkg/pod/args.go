@@ -3,6 +3,8 @@ package pod
 import (
 	"fmt"
 	"hash/fnv"
+	"net"
+	"net/netip"
 	"strings"
 
 	"github.com/containernetworking/cni/pkg/skel"
@@ -20,7 +22,10 @@ const maxContainerID = 230
 type attachment struct {
 	ipam.Owner
 	netns string // path; empty or gone at DEL of a dead container
-	pod   string // "namespace/name" as Kubernetes tells, else empty; for messages only
+	pod   string // "namespace/name" as Kubernetes tells, else empty
+	// What CNI_ARGS ask for.
+	wanted []netip.Addr
+	mac    net.HardwareAddr
 }
 
 func parseArgs(a *skel.CmdArgs) (attachment, error) {
@@ -41,12 +46,19 @@ func parseArgs(a *skel.CmdArgs) (attachment, error) {
 	}
 	ignore := known["IgnoreUnknown"]
 	for k := range known {
-		if k != "IgnoreUnknown" && !strings.HasPrefix(k, "K8S_POD_") && ignore != "1" && !strings.EqualFold(ignore, "true") {
+		if k != "IgnoreUnknown" && k != "IP" && k != "MAC" && !strings.HasPrefix(k, "K8S_POD_") && ignore != "1" && !strings.EqualFold(ignore, "true") {
 			return at, fail(types.ErrInvalidEnvironmentVariables, "CNI_ARGS: unknown key %s; add IgnoreUnknown=1 if it is not meant for Twill", k)
 		}
 	}
 	if name := known["K8S_POD_NAME"]; name != "" {
 		at.pod = known["K8S_POD_NAMESPACE"] + "/" + name
+	}
+	var err error
+	if at.wanted, err = parseWanted(quote(known["IP"])); err != nil {
+		return at, fail(types.ErrInvalidEnvironmentVariables, "CNI_ARGS: IP=%s: %v", known["IP"], err)
+	}
+	if at.mac, err = parseMAC(quote(known["MAC"])); err != nil {
+		return at, fail(types.ErrInvalidEnvironmentVariables, "CNI_ARGS: MAC=%s: %v", known["MAC"], err)
 	}
 	return at, nil
 }

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"net"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -28,7 +29,7 @@ func (w *wiring) ensureBridge(h *netlink.Handle) (netlink.Link, error) {
 	if err := w.checkBridge(br); err != nil {
 		return nil, err
 	}
-	missing, err := w.missingGateways(h, br)
+	addrs, err := w.readBridge(br)
 	if err != nil {
 		return nil, err
 	}
@@ -37,11 +38,13 @@ func (w *wiring) ensureBridge(h *netlink.Handle) (netlink.Link, error) {
 			return nil, ioFail("set up bridge "+w.Bridge, err)
 		}
 	}
-	enableIPv6 := func(link string) error { return writeSysctl("ipv6", link, "disable_ipv6", "0") }
-	for _, gw := range missing {
-		if err := addAddress(h, br, gw, enableIPv6); err != nil {
+	for _, gw := range addrs.missing {
+		if err := addAddress(host(h), br, gw); err != nil {
 			return nil, ioFail("add gateway to bridge "+w.Bridge, err)
 		}
+	}
+	if err := w.renumber(h, br, addrs.old); err != nil {
+		return nil, ioFail("renumber bridge "+w.Bridge, err)
 	}
 	if w.Promisc && br.Attrs().Promisc == 0 {
 		if err := h.SetPromiscOn(br); err != nil {
@@ -93,62 +96,128 @@ func (w *wiring) configureBridge(h *netlink.Handle, br netlink.Link) error {
 		// elsewhere would get to the first pod of a node.
 		"accept_dad",
 	} {
-		if err := writeSysctl("ipv6", w.Bridge, key, "0"); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("set %s: %w", key, err)
+		err := writeSysctls(host(h), []sysctl{{"ipv6/conf/" + w.Bridge + "/" + key, "0"}})
+		if err != nil && w.hasIPv6() {
+			return err
 		}
 	}
 	return h.LinkSetUp(br)
 }
 
-// missingGateways returns the gateway addresses that the bridge lacks. A bridge
-// that has another address instead belongs to a subnet this node had before, or
-// to somebody else.
-func (w *wiring) missingGateways(h *netlink.Handle, br netlink.Link) ([]netip.Prefix, error) {
-	have, err := complete(func() ([]netlink.Addr, error) { return h.AddrList(br, netlink.FAMILY_ALL) })
-	if err != nil {
-		return nil, ioFail("list addresses of bridge "+w.Bridge, err)
-	}
-	var missing []netip.Prefix
-	for _, subnet := range w.subnets {
-		want, _ := w.gateway(subnet.Addr().Is4())
-		var other netip.Prefix
-		found := false
-		for _, a := range have {
-			p := prefixOf(*a.IPNet)
-			found = found || p == want
-			if p.Addr().Is4() == want.Addr().Is4() && !p.Addr().IsLinkLocalUnicast() {
-				other = p
-			}
-		}
-		if found {
-			continue
-		}
-		if other.IsValid() {
-			return nil, fail(ErrBridge, "%q already has an IP address different from %s: it has %s, of a subnet that is not this node's; drain the node and delete the bridge (ip link delete %s), the next pod makes it anew",
-				w.Bridge, want, other, w.Bridge)
-		}
-		missing = append(missing, want)
-	}
-	return missing, nil
+func (w *wiring) hasIPv6() bool {
+	return slices.ContainsFunc(w.subnets, func(p netip.Prefix) bool { return p.Addr().Is6() })
 }
 
-// addAddress adds an address that is usable at once: duplicate address detection
-// would take a second, and the reservation says already that it is unique.
-func addAddress(h *netlink.Handle, l netlink.Link, p netip.Prefix, enableIPv6 func(link string) error) error {
-	n := ipNet(p)
-	a := &netlink.Addr{IPNet: &n}
-	if p.Addr().Is6() {
-		a.Flags = unix.IFA_F_NODAD
+// bridgeAddrs sorts the addresses of the bridge.
+type bridgeAddrs struct {
+	missing []netip.Prefix // gateways of the node's subnets that are not there
+	old     []oldGateway
+}
+
+// oldGateway is the gateway of a subnet that the node had before.
+type oldGateway struct {
+	netip.Prefix
+	alone bool // no route to the subnet comes with it any more
+}
+
+// readBridge looks at the bridge's addresses. One that is of none of the cluster's
+// networks, on a bridge that we did not make, is somebody else's: pods of this node
+// must not share a bridge with it.
+func (w *wiring) readBridge(br netlink.Link) (bridgeAddrs, error) {
+	var out bridgeAddrs
+	have, err := linkAddrs(br.Attrs().Index)
+	if err != nil {
+		return out, ioFail("list addresses of bridge "+w.Bridge, err)
 	}
-	err := h.AddrAdd(l, a)
-	if errors.Is(err, unix.EACCES) && p.Addr().Is6() {
-		if err := enableIPv6(l.Attrs().Name); err != nil {
-			return fmt.Errorf("enable IPv6: %w", err)
+	want := w.bridgeAddrs()
+	for _, a := range have {
+		p := a.Prefix
+		inNetwork := slices.ContainsFunc(w.networks, func(n netip.Prefix) bool { return n.Contains(p.Addr()) })
+		switch {
+		case p.Addr().IsLinkLocalUnicast():
+		case slices.Contains(want, p):
+			want = slices.DeleteFunc(want, func(x netip.Prefix) bool { return x == p })
+		case br.Attrs().Alias == overlay.Alias || inNetwork:
+			out.old = append(out.old, oldGateway{p, p.IsSingleIP() || a.flags&unix.IFA_F_NOPREFIXROUTE != 0})
+		case slices.ContainsFunc(w.subnets, func(s netip.Prefix) bool { return s.Addr().Is4() == p.Addr().Is4() }):
+			return out, fail(ErrBridge, "%q already has an IP address different from this node's: it has %s, which is in none of the cluster's networks %v, so the bridge is not Twill's; rename it, or set another \"bridge\" in the network configuration",
+				w.Bridge, p, w.networks)
 		}
-		err = h.AddrAdd(l, a)
 	}
-	if err != nil && !errors.Is(err, unix.EEXIST) {
-		return fmt.Errorf("add address %s to %s: %w", p, l.Attrs().Name, err)
+	out.missing = want
+	return out, nil
+}
+
+// renumber makes what is left of a subnet that the node had before smaller: its
+// gateway stays as an address of full length, because the pods that run send to it,
+// and a route leads to each of them. The rest of the subnet may be another node's
+// by now: the bridge's route to it goes, and the bridge answers for it (proxy ARP),
+// since the pods take it to be on their link.
+func (w *wiring) renumber(h *netlink.Handle, br netlink.Link, old []oldGateway) error {
+	for _, gw := range old {
+		if gw.alone {
+			continue
+		}
+		if err := w.routeOldPods(h, br, gw.Masked()); err != nil {
+			return err
+		}
+		if err := answerFor(h, w.Bridge, gw.Addr().Is4()); err != nil {
+			return err
+		}
+		if err := leaveAlone(h, br, gw.Prefix); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// leaveAlone keeps an address, and drops the route to its subnet. IPv4 has an
+// address twice, of two lengths; IPv6 can change the one it has.
+func leaveAlone(h *netlink.Handle, br netlink.Link, gw netip.Prefix) error {
+	n := ipNet(gw)
+	if gw.Addr().Is6() {
+		err := h.AddrReplace(br, &netlink.Addr{IPNet: &n, Flags: unix.IFA_F_NODAD | unix.IFA_F_NOPREFIXROUTE})
+		if err != nil {
+			return fmt.Errorf("change address %s of %s: %w", gw, br.Attrs().Name, err)
+		}
+		return nil
+	}
+	if err := addAddress(host(h), br, fullLength(gw.Addr())); err != nil {
+		return err
+	}
+	if err := h.AddrDel(br, &netlink.Addr{IPNet: &n}); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+		return fmt.Errorf("delete address %s of %s: %w", gw, br.Attrs().Name, err)
+	}
+	return nil
+}
+
+// routeOldPods gives each pod with an address of an old subnet a route of its own.
+// DEL deletes it.
+func (w *wiring) routeOldPods(h *netlink.Handle, br netlink.Link, subnet netip.Prefix) error {
+	list, err := w.reservations().List()
+	if err != nil {
+		return err
+	}
+	for _, r := range list {
+		if !subnet.Contains(r.Addr) {
+			continue
+		}
+		route := hostRoute(fullLength(r.Addr))
+		route.LinkIndex = br.Attrs().Index
+		if err := h.RouteReplace(route); err != nil {
+			return fmt.Errorf("add route %s dev %s: %w", route.Dst, w.Bridge, err)
+		}
+	}
+	return nil
+}
+
+func answerFor(h *netlink.Handle, link string, v4 bool) error {
+	list := []sysctl{{"ipv4/conf/" + link + "/proxy_arp", "1"}, {"ipv4/neigh/" + link + "/proxy_delay", "0"}}
+	if !v4 {
+		list = []sysctl{{"ipv6/conf/" + link + "/proxy_ndp", "1"}}
+	}
+	if err := writeSysctls(host(h), list); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
 	}
 	return nil
 }

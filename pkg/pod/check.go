@@ -1,6 +1,7 @@
 package pod
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -10,15 +11,17 @@ import (
 	"strings"
 
 	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
+
+	"github.com/twill-net/twill/pkg/ipam"
 )
 
 // Check compares the attachment with the result of ADD. The error names
 // everything that differs.
 func Check(args *skel.CmdArgs) error {
-	c, err := ParseConfig(args.StdinData)
+	c, err := readConf(args)
 	if err != nil {
 		return err
 	}
@@ -29,25 +32,25 @@ func Check(args *skel.CmdArgs) error {
 	if c.PrevResult == nil {
 		return badValue("prevResult", nil, "must be the result of ADD")
 	}
+	w, err := newWiring(c, types.ErrTryAgainLater)
+	if err != nil {
+		return err
+	}
 	s, err := openSandbox(at.netns)
 	if err != nil {
 		return err
 	}
 	defer s.close()
-	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	h, err := openNetlink()
 	if err != nil {
-		return ioFail("open netlink socket", err)
+		return err
 	}
 	defer h.Close()
 
-	k := &checker{c: c, at: at}
-	inner := k.podLink(s)
-	if inner != nil {
-		k.podAddrs(s, inner)
-		k.podRoutes(s, inner)
-	}
-	br := k.bridge(h)
-	k.port(h, br, inner)
+	k := &checker{wiring: w, at: at, host: host(h), pod: s.place()}
+	k.ends()
+	k.bridge()
+	k.ports()
 	k.reservations()
 	if len(k.found) > 0 {
 		return fail(ErrDiffers, "%s is not as ADD left it: %s; delete the pod to have it wired anew", at, strings.Join(k.found, "; "))
@@ -57,162 +60,142 @@ func Check(args *skel.CmdArgs) error {
 
 // checker collects what differs.
 type checker struct {
-	c     *Config
-	at    attachment
-	found []string
+	*wiring
+	at        attachment
+	host, pod place
+	found     []string
 }
 
 func (k *checker) differs(format string, a ...any) {
 	k.found = append(k.found, fmt.Sprintf(format, a...))
 }
 
-// iface returns the interface of the result that the predicate picks, or nil.
-func (k *checker) iface(pick func(*types100.Interface) bool) *types100.Interface {
-	for _, i := range k.c.PrevResult.Interfaces {
-		if pick(i) {
-			return i
+// given returns the interface of the result that the predicate picks, or nothing.
+func (k *checker) given(pick func(*types100.Interface) bool) types100.Interface {
+	for _, i := range k.PrevResult.Interfaces {
+		if i != nil && pick(i) {
+			return *i
 		}
 	}
-	return nil
+	return types100.Interface{}
 }
 
-// link looks a link up and compares what holds for each: that it is there, of the
-// right type, up, with the MAC and MTU of the result.
-func (k *checker) link(h *netlink.Handle, where string, typ string, want types100.Interface) netlink.Link {
-	l, err := h.LinkByName(want.Name)
+// ends compares both ends of the veth with what ADD would make for the addresses
+// and routes of its result, which says the names and MACs that the kernel chose.
+func (k *checker) ends() {
+	l := lease{routes: k.PrevResult.Routes}
+	for _, ip := range k.PrevResult.IPs {
+		l.addrs = append(l.addrs, ipam.Address{Prefix: prefixOf(ip.Address)})
+	}
+	hostEnd, podEnd := k.Config.ends(k.at, l)
+	k.asGiven(&podEnd, k.given(func(i *types100.Interface) bool { return i.Sandbox != "" && i.Name == k.at.IfName }))
+	k.asGiven(&hostEnd, k.given(func(i *types100.Interface) bool { return i.Sandbox == "" && i.Name != k.Bridge }))
+	if hostEnd.name != k.at.hostLink() {
+		hostEnd.alias = "" // wired by flannel's plugin, under a name of its own
+	}
+	inner := k.link("the pod's link ", k.pod, podEnd)
+	outer := k.link("the host's link ", k.host, hostEnd)
+	if inner == nil || outer == nil {
+		return
+	}
+	if outer.Attrs().ParentIndex != inner.Attrs().Index || outer.Attrs().Index != inner.Attrs().ParentIndex {
+		k.differs("the host's link %s does not lead to the pod's link %s", hostEnd.name, podEnd.name)
+	}
+	if k.Bandwidth != nil {
+		for _, d := range k.Bandwidth.differences(k.host.nl, outer, hostEnd.alias) {
+			k.differs("%s", d)
+		}
+	}
+}
+
+// asGiven takes what the result says of an interface. Before version 1.1 it has no
+// MTU: then it is the configuration's.
+func (k *checker) asGiven(e *end, i types100.Interface) {
+	if i.Name != "" {
+		e.name = i.Name
+	}
+	if mac, err := net.ParseMAC(i.Mac); err == nil {
+		e.mac = mac
+	}
+	if e.mtu = i.Mtu; e.mtu == 0 {
+		e.mtu = k.MTU
+	}
+}
+
+// link compares one end, and returns its link if it is there.
+func (k *checker) link(where string, p place, e end) netlink.Link {
+	l, err := p.nl.LinkByName(e.name)
 	if isNotFound(err) {
-		k.differs("%s %s is missing", where, want.Name)
+		k.differs("%s%s is missing", where, e.name)
 		return nil
 	}
 	if err != nil {
-		k.differs("%s %s: %v", where, want.Name, err)
+		k.differs("%s%s: %v", where, e.name, err)
 		return nil
 	}
-	a := l.Attrs()
-	if l.Type() != typ {
-		k.differs("%s %s is a %s, not a %s", where, want.Name, l.Type(), typ)
-	}
-	if a.Flags&net.FlagUp == 0 {
-		k.differs("%s %s is down", where, want.Name)
-	}
-	if want.Mac != "" && !strings.EqualFold(want.Mac, a.HardwareAddr.String()) {
-		k.differs("%s %s has MAC %s, not %s", where, want.Name, a.HardwareAddr, want.Mac)
-	}
-	if want.Mtu != 0 && want.Mtu != a.MTU {
-		k.differs("%s %s has MTU %d, not %d", where, want.Name, a.MTU, want.Mtu)
+	for _, d := range e.differences(p, l) {
+		k.differs("%s%s", where, d)
 	}
 	return l
 }
 
-func (k *checker) podLink(s *sandbox) netlink.Link {
-	want := types100.Interface{Name: k.at.IfName}
-	if i := k.iface(func(i *types100.Interface) bool { return i.Sandbox != "" && i.Name == k.at.IfName }); i != nil {
-		want = *i
-	}
-	if want.Mtu == 0 {
-		want.Mtu = k.c.MTU // before version 1.1 a result has no MTU
-	}
-	return k.link(s.nl, "the pod's link", "veth", want)
-}
-
-func (k *checker) podAddrs(s *sandbox, l netlink.Link) {
-	list, err := complete(func() ([]netlink.Addr, error) { return s.nl.AddrList(l, netlink.FAMILY_ALL) })
-	if err != nil {
-		k.differs("list the pod's addresses: %v", err)
+// bridge checks the gateways' end.
+func (k *checker) bridge() {
+	if k.Mode != Bridged {
 		return
 	}
-	for _, ip := range k.c.PrevResult.IPs {
-		want := prefixOf(ip.Address)
-		if !slices.ContainsFunc(list, func(a netlink.Addr) bool { return prefixOf(*a.IPNet) == want }) {
-			k.differs("the pod has no address %s", want)
-		}
+	br, err := k.host.nl.LinkByName(k.Bridge)
+	switch {
+	case isNotFound(err):
+		k.differs("the bridge %s is missing", k.Bridge)
+		return
+	case err != nil:
+		k.differs("the bridge %s: %v", k.Bridge, err)
+		return
 	}
-}
-
-func (k *checker) podRoutes(s *sandbox, l netlink.Link) {
-	for _, want := range k.c.PrevResult.Routes {
-		family := netlink.FAMILY_V6
-		if isV4(want.Dst.IP) {
-			family = netlink.FAMILY_V4
-		}
-		filter := kernelRoute(want, l.Attrs().Index)
-		mask := netlink.RT_FILTER_OIF | netlink.RT_FILTER_DST
-		if filter.Table != 0 {
-			mask |= netlink.RT_FILTER_TABLE
-		}
-		got, err := complete(func() ([]netlink.Route, error) { return s.nl.RouteListFiltered(family, filter, mask) })
-		if err != nil {
-			k.differs("list the pod's routes: %v", err)
-			continue
-		}
-		if !slices.ContainsFunc(got, func(r netlink.Route) bool { return r.Gw.Equal(want.GW) }) {
-			k.differs("the pod has no route %s via %s", &want.Dst, want.GW)
-		}
+	a := br.Attrs()
+	want := k.given(func(i *types100.Interface) bool { return i.Sandbox == "" && i.Name == k.Bridge })
+	if br.Type() != "bridge" {
+		k.differs("the bridge %s is a %s", k.Bridge, br.Type())
 	}
-}
-
-// bridge checks the gateways' end. It returns nil if there is no bridge.
-func (k *checker) bridge(h *netlink.Handle) netlink.Link {
-	want := types100.Interface{Name: k.c.Bridge}
-	if i := k.iface(func(i *types100.Interface) bool { return i.Sandbox == "" && i.Name == k.c.Bridge }); i != nil {
-		want.Mac = i.Mac
+	if a.Flags&net.FlagUp == 0 {
+		k.differs("the bridge %s is down", k.Bridge)
 	}
-	br := k.link(h, "the bridge", "bridge", want)
-	if br == nil {
-		return nil
+	if want.Mac != "" && !strings.EqualFold(want.Mac, a.HardwareAddr.String()) {
+		k.differs("the bridge %s has MAC %s, not %s", k.Bridge, a.HardwareAddr, want.Mac)
 	}
-	if k.c.Promisc && br.Attrs().Promisc == 0 {
-		k.differs("the bridge %s is not promiscuous", k.c.Bridge)
+	if k.Promisc && a.Promisc == 0 {
+		k.differs("the bridge %s is not promiscuous", k.Bridge)
 	}
-	list, err := complete(func() ([]netlink.Addr, error) { return h.AddrList(br, netlink.FAMILY_ALL) })
+	list, err := complete(func() ([]netlink.Addr, error) { return k.host.nl.AddrList(br, netlink.FAMILY_ALL) })
 	if err != nil {
-		k.differs("list the addresses of %s: %v", k.c.Bridge, err)
-		return br
+		k.differs("list the addresses of %s: %v", k.Bridge, err)
+		return
 	}
-	for _, ip := range k.c.PrevResult.IPs {
+	for _, ip := range k.PrevResult.IPs {
 		gw, ok := netip.AddrFromSlice(ip.Gateway)
-		if !ok {
-			continue
-		}
-		want := netip.PrefixFrom(gw.Unmap(), prefixOf(ip.Address).Bits())
-		if !slices.ContainsFunc(list, func(a netlink.Addr) bool { return prefixOf(*a.IPNet) == want }) {
-			k.differs("the bridge %s has no gateway address %s", k.c.Bridge, want)
+		// The gateway of a subnet that the node had before is kept with its full length.
+		if ok && !slices.ContainsFunc(list, func(a netlink.Addr) bool { return prefixOf(*a.IPNet).Addr() == gw.Unmap() }) {
+			k.differs("the bridge %s has no gateway address %s", k.Bridge, gw.Unmap())
 		}
 	}
-	return br
 }
 
-// port checks the host's end. The result names it: a pod that flannel wired has
-// another name there than Twill would choose.
-func (k *checker) port(h *netlink.Handle, br, inner netlink.Link) {
-	want := types100.Interface{Name: k.at.hostLink()}
-	if i := k.iface(func(i *types100.Interface) bool { return i.Sandbox == "" && i.Name != k.c.Bridge }); i != nil {
-		want = *i
-	}
-	l := k.link(h, "the host's link", "veth", want)
-	if l == nil {
+func (k *checker) ports() {
+	e, needed := k.portEntryOf(k.at, resultAddrs(k.PrevResult))
+	if !needed {
 		return
 	}
-	if br != nil && l.Attrs().MasterIndex != br.Attrs().Index {
-		k.differs("the host's link %s is no port of %s", want.Name, k.c.Bridge)
-		return
-	}
-	if inner != nil && (l.Attrs().ParentIndex != inner.Attrs().Index || l.Attrs().Index != inner.Attrs().ParentIndex) {
-		k.differs("the host's link %s does not lead to the pod's link %s", want.Name, k.at.IfName)
-	}
-	info, err := complete(func() (netlink.Protinfo, error) { return h.LinkGetProtinfo(l) })
+	list, err := k.portmap().Check(context.Background(), e)
 	if err != nil {
-		k.differs("read the port %s: %v", want.Name, err)
-		return
+		k.differs("check the host ports: %v", err)
 	}
-	if info.Hairpin != k.c.Hairpin {
-		k.differs("the host's link %s has hairpin mode %t, not %t", want.Name, info.Hairpin, k.c.Hairpin)
-	}
+	k.found = append(k.found, list...)
 }
 
 func (k *checker) reservations() {
-	dir := k.c.reservations()
-	for _, a := range resultAddrs(k.c.PrevResult) {
+	dir := k.Config.reservations()
+	for _, a := range resultAddrs(k.PrevResult) {
 		switch o, err := dir.Owner(a); {
 		case errors.Is(err, fs.ErrNotExist):
 			k.differs("the reservation %s is missing", dir.Path(a))
@@ -222,7 +205,7 @@ func (k *checker) reservations() {
 			k.differs("the reservation %s is of %s", dir.Path(a), o)
 		}
 	}
-	if len(k.c.PrevResult.IPs) == 0 {
+	if len(k.PrevResult.IPs) == 0 {
 		k.differs("prevResult has no address")
 	}
 }

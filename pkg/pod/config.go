@@ -3,10 +3,13 @@ package pod
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net"
+	"net/netip"
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 	"unicode"
 
 	"github.com/containernetworking/cni/pkg/types"
@@ -14,6 +17,8 @@ import (
 	"github.com/containernetworking/cni/pkg/version"
 
 	"github.com/twill-net/twill/pkg/ipam"
+	"github.com/twill-net/twill/pkg/overlay"
+	"github.com/twill-net/twill/pkg/portmap"
 )
 
 // Config is the network configuration the runtime hands over (CNI specification,
@@ -24,18 +29,52 @@ type Config struct {
 
 	HandoffFile    string
 	DataDir        string // of the reservations
+	Mode           Mode
 	Bridge         string
 	DefaultGateway bool // else pods have routes to the cluster's networks only
 	MTU            int  // 0: the hand-off's
 	Hairpin        bool
-	Promisc        bool
+	Isolated       bool           // pods of the bridge cannot talk to each other past the host
+	Promisc        bool           // of the bridge
+	PodPromisc     bool           // of the pod's link
+	IPMasq         bool           // masquerade what this pod sends out of the cluster
 	Routes         []*types.Route // beside the ones Twill sets, replacing those of the same destination
 	DNS            types.DNS
+	Firewall       overlay.Tool // for host ports and IPMasq; empty: the hand-off's
+	Sysctls        []sysctl     // in the pod
+	IPAM           IPAM
+
+	// Of the single pod.
+	MAC       net.HardwareAddr // nil: as the kernel chooses
+	Wanted    []netip.Addr
+	Ports     []portmap.Mapping
+	Bandwidth *Bandwidth
+
+	legacy *legacy // nil: the configuration is Twill's own
 
 	PrevResult *types100.Result // nil if the runtime gave none
 	Valid      []ipam.Owner     // GC: the attachments that stay
 	ValidGiven bool             // GC: the runtime did say which
 }
+
+// Mode is how a pod is wired.
+type Mode string
+
+const (
+	Bridged Mode = "bridged" // a port of the node's bridge
+	Routed  Mode = "routed"  // a link of its own, without a bridge
+)
+
+// IPAM is how addresses are chosen.
+type IPAM struct {
+	Ranges   [][]ipam.Range // nil: the node's subnets whole
+	Exclude  []netip.Prefix
+	Sticky   bool
+	CoolDown time.Duration
+}
+
+// DefaultDataDir is host-local's.
+const DefaultDataDir = "/var/lib/cni/networks"
 
 // fields are the keys of a network configuration, not yet decoded.
 type fields map[string]json.RawMessage
@@ -46,20 +85,26 @@ func ParseConfig(stdin []byte) (*Config, error) {
 	if err != nil {
 		return nil, err
 	}
-	c.HandoffFile, c.DefaultGateway, c.Hairpin = DefaultHandoff, true, true
+	c.DefaultGateway, c.Hairpin = true, true
 	const yesNo = "must be true or false"
 	for _, get := range []func() error{
-		func() error { return f.path("handoffFile", &c.HandoffFile) },
 		func() error { return decode(f, "isDefaultGateway", yesNo, &c.DefaultGateway) },
 		func() error { return decode(f, "hairpinMode", yesNo, &c.Hairpin) },
+		func() error { return decode(f, "portIsolation", yesNo, &c.Isolated) },
 		func() error { return decode(f, "promiscMode", yesNo, &c.Promisc) },
+		func() error { return decode(f, "promisc", yesNo, &c.PodPromisc) },
+		func() error { return decode(f, "ipMasq", yesNo, &c.IPMasq) },
+		func() error { return f.mode(&c.Mode) },
 		func() error { return f.mtu(&c.MTU) },
+		func() error { return f.sysctls(&c.Sysctls) },
+		func() error { return f.ipam(c) },
 		func() error { return f.routes(&c.Routes) },
 		func() error {
 			return decode(f, "dns", "must be an object of nameservers, domain, search and options", &c.DNS)
 		},
 		func() error { return f.prevResult(c) },
 		func() error { return f.attachments(c) },
+		func() error { return f.runtimeConfig(c) },
 	} {
 		if err := get(); err != nil {
 			return nil, err
@@ -76,13 +121,15 @@ func parseBasics(stdin []byte) (*Config, fields, error) {
 		return nil, nil, fail(types.ErrDecodingFailure, "decode network configuration: %v", err)
 	}
 	// No version stands for the first one (CNI specification 0.2.0).
-	c := &Config{CNIVersion: "0.1.0", DataDir: "/var/lib/cni/networks", Bridge: "cni0"}
+	c := &Config{CNIVersion: "0.1.0", HandoffFile: DefaultHandoff, DataDir: DefaultDataDir, Bridge: overlay.Bridge, Mode: Bridged}
 	const text = "must be a text"
 	for _, get := range []func() error{
 		func() error { return decode(f, "cniVersion", text, &c.CNIVersion) },
 		func() error { return decode(f, "name", text, &c.Name) },
-		func() error { return f.path("dataDir", &c.DataDir) },
+		func() error { return f.path("handoffFile", &c.HandoffFile) },
+		func() error { return f.dataDir(c) },
 		func() error { return f.link("bridge", &c.Bridge) },
+		func() error { return f.firewall(&c.Firewall) },
 	} {
 		if err := get(); err != nil {
 			return nil, nil, err
@@ -127,6 +174,66 @@ func (f fields) path(key string, dst *string) error {
 	}
 	if !filepath.IsAbs(*dst) {
 		return badValue(key, f[key], rule)
+	}
+	return nil
+}
+
+// dataDir is where host-local's configuration has it, or beside the other keys.
+func (f fields) dataDir(c *Config) error {
+	in, err := f.within("ipam")
+	if err == nil {
+		err = in.path("dataDir", &c.DataDir)
+	}
+	if err != nil {
+		return err
+	}
+	return f.path("dataDir", &c.DataDir)
+}
+
+// within returns the keys of an object; none if it is absent.
+func (f fields) within(key string) (fields, error) {
+	in := fields{}
+	err := decode(f, key, "must be an object", &in)
+	return in, err
+}
+
+func (f fields) mode(dst *Mode) error {
+	const rule = `must be "bridged" or "routed"`
+	err := decode(f, "mode", rule, dst)
+	if err == nil && *dst != Bridged && *dst != Routed {
+		err = badValue("mode", f["mode"], rule)
+	}
+	return err
+}
+
+func (f fields) firewall(dst *overlay.Tool) error {
+	const rule = `must be "iptables" or "nftables"; without it the pods' host ports are where twilld has its rules`
+	err := decode(f, "firewall", rule, dst)
+	if err == nil && *dst != "" && *dst != overlay.Iptables && *dst != overlay.Nftables {
+		err = badValue("firewall", f["firewall"], rule)
+	}
+	return err
+}
+
+// sysctls are those of the pod's network namespace, as the tuning plugin's. IFNAME
+// stands for the pod's interface.
+func (f fields) sysctls(dst *[]sysctl) error {
+	const rule = `must be an object like {"net.core.somaxconn": "4096"}, of keys below net. alone`
+	list := map[string]string{}
+	if err := decode(f, "sysctl", rule, &list); err != nil {
+		return err
+	}
+	for _, name := range slices.Sorted(maps.Keys(list)) {
+		// With slashes an interface's name may hold dots.
+		path := name
+		if !strings.Contains(name, "/") {
+			path = strings.ReplaceAll(name, ".", "/")
+		}
+		key, ok := strings.CutPrefix(path, "net/")
+		if !ok || !filepath.IsLocal(key) || filepath.Clean(key) != key {
+			return badValue("sysctl", f["sysctl"], name+": "+rule)
+		}
+		*dst = append(*dst, sysctl{key, list[name]})
 	}
 	return nil
 }

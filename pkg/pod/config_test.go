@@ -18,8 +18,9 @@ func TestConfigDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	got := fmt.Sprintf("%+v", *c)
-	want := "{CNIVersion:1.0.0 Name:cbr0 HandoffFile:/run/flannel/twill.json DataDir:/var/lib/cni/networks Bridge:cni0 DefaultGateway:true MTU:0 Hairpin:true Promisc:false " +
-		"Routes:[] DNS:{Nameservers:[] Domain: Search:[] Options:[]} PrevResult:<nil> Valid:[] ValidGiven:false}"
+	want := "{CNIVersion:1.0.0 Name:cbr0 HandoffFile:/run/flannel/twill.json DataDir:/var/lib/cni/networks Mode:bridged Bridge:cni0 DefaultGateway:true MTU:0 " +
+		"Hairpin:true Isolated:false Promisc:false PodPromisc:false IPMasq:false Routes:[] DNS:{Nameservers:[] Domain: Search:[] Options:[]} Firewall: Sysctls:[] " +
+		"IPAM:{Ranges:[] Exclude:[] Sticky:false CoolDown:0s} MAC: Wanted:[] Ports:[] Bandwidth:<nil> legacy:<nil> PrevResult:<nil> Valid:[] ValidGiven:false}"
 	if got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
@@ -75,8 +76,10 @@ func TestArgs(t *testing.T) {
 		{"", "container c1 interface eth0", ""},
 		{"IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web-0;K8S_POD_UID=x;OTHER=1", "pod default/web-0 (container c1 interface eth0)", ""},
 		{"IgnoreUnknown=true;IP=198.18.1.9", "container c1 interface eth0", ""},
-		{"IP=198.18.1.9", "", "unknown key IP"},
-		{"IgnoreUnknown=0;IP=198.18.1.9", "", "unknown key IP"},
+		{"IP=198.18.1.9,fd00::9;MAC=02:00:00:00:00:01", "container c1 interface eth0", ""},
+		{"IgnoreUnknown=0;COLOUR=red", "", "unknown key COLOUR"},
+		{"IP=198.18.1", "", "IP=198.18.1: must be addresses"},
+		{"MAC=01:00:00:00:00:01", "", "MAC=01:00:00:00:00:01: must be the MAC of one interface"},
 		{"K8S_POD_NAME", "", `"K8S_POD_NAME" is not KEY=VALUE`},
 	} {
 		at, err := parseArgs(&skel.CmdArgs{ContainerID: "c1", IfName: "eth0", Args: tt.args})
@@ -135,7 +138,7 @@ func FuzzConfig(f *testing.F) {
 			t.Errorf("%s: %+v", b, c)
 		}
 		for _, r := range c.Routes {
-			_ = kernelRoute(r, 1)
+			_ = kernelRoute(r)
 		}
 		for _, a := range resultAddrs(c.PrevResult) {
 			_ = c.reservations().Path(a)

@@ -12,6 +12,14 @@ import (
 const (
 	ErrDiffers uint = 100 // CHECK: the attachment is not as ADD left it
 	ErrBridge  uint = 101 // the bridge is not one that pods of this node can use
+	ErrTaken   uint = 102 // an address or a host port that was asked for belongs to another pod
+
+	errIO = types.ErrIOFailure
+)
+
+var (
+	errWanted = errors.New("must be addresses, like \"10.5.1.9\" or \"10.5.1.9,fd00:5:0:1::9\"")
+	errMAC    = errors.New("must be the MAC of one interface, like \"02:00:5e:10:00:01\"")
 )
 
 // fail returns a CNI error. The message says what is wrong and what to do.
@@ -26,5 +34,26 @@ func ioFail(doing string, err error) error {
 	if errors.As(err, &known) {
 		return err
 	}
-	return fail(types.ErrIOFailure, "%s: %v", doing, err)
+	return fail(errIO, "%s: %v", doing, err)
+}
+
+// withCause adds to the error of an ADD that what it left behind.
+func withCause(err, left error) error {
+	if left == nil {
+		return err
+	}
+	var e *types.Error
+	if !errors.As(err, &e) {
+		return errors.Join(err, left)
+	}
+	return types.NewError(e.Code, e.Msg, "not all could be taken back, DEL must: "+left.Error())
+}
+
+// as gives an error the code that STATUS must answer with.
+func as(code uint, err error) error {
+	var e *types.Error
+	if errors.As(err, &e) {
+		return types.NewError(code, e.Msg, e.Details)
+	}
+	return fail(code, "%v", err)
 }

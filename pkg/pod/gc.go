@@ -1,21 +1,26 @@
 package pod
 
 import (
+	"context"
 	"errors"
 	"slices"
+	"strings"
 
 	"github.com/containernetworking/cni/pkg/skel"
-	"github.com/containernetworking/cni/pkg/types"
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 
 	"github.com/twill-net/twill/pkg/ipam"
+	"github.com/twill-net/twill/pkg/portmap"
 )
 
-// GC removes the attachments that the runtime does not know any more.
+// GC removes the attachments that the runtime does not know any more. The runtime
+// must not call ADD meanwhile (CNI specification, section 2, GC).
 func GC(args *skel.CmdArgs) error {
-	c, err := ParseConfig(args.StdinData)
+	c, f, err := readBasics(args)
 	if err != nil {
+		return err
+	}
+	if err := f.attachments(c); err != nil {
 		return err
 	}
 	if !c.ValidGiven {
@@ -23,20 +28,52 @@ func GC(args *skel.CmdArgs) error {
 		// "none" would cut every pod off when a runtime forgets the key.
 		return nil
 	}
-	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	h, err := openNetlink()
 	if err != nil {
-		return ioFail("open netlink socket", err)
+		return err
 	}
 	defer h.Close()
-	stuck, err := c.collectLinks(h)
-	if err != nil {
-		err = ioFail("delete links of dead containers", err)
+	if err := c.collect(h); err != nil {
+		return ioFail("remove what dead containers left", err)
 	}
-	_, sweep := c.reservations().Sweep(func(o ipam.Owner) bool { return c.valid(o) || slices.Contains(stuck, o) })
-	if sweep != nil && err == nil {
-		err = ioFail("release addresses of dead containers", sweep)
+	return nil
+}
+
+// collect takes the attachments back that are not valid: those with a record; ports
+// of the bridge without one, of a Twill before there were records; reservations and
+// host ports without either.
+func (c *Config) collect(h *netlink.Handle) error {
+	var stuck []ipam.Owner
+	errs := c.records().each(c.Name, func(rec *heldRecord) error {
+		defer rec.release()
+		if c.valid(rec.Owner) {
+			return nil
+		}
+		err := c.discard(h, rec)
+		if err != nil {
+			stuck = append(stuck, rec.Owner)
+		}
+		return err
+	})
+	more, err := c.collectLinks(h)
+	stuck, errs = append(stuck, more...), errors.Join(errs, err)
+	keep := func(o ipam.Owner) bool { return c.valid(o) || slices.Contains(stuck, o) }
+	_, err = c.reservations().Sweep(keep)
+	errs = errors.Join(errs, err, c.collectScratch())
+	_, err = c.portmap().Sync(context.Background(), func(e portmap.Entry) bool {
+		name, ours := strings.CutPrefix(e.Attachment, c.Name+":")
+		id, ifname, _ := strings.Cut(name, ":")
+		return !ours || keep(ipam.Owner{ContainerID: id, IfName: ifname})
+	})
+	return errors.Join(errs, err)
+}
+
+// discard takes back an attachment that nobody will call DEL for.
+func (c *Config) discard(h *netlink.Handle, rec *heldRecord) error {
+	if err := c.takeBack(h, attachment{Owner: rec.Owner}, rec.Record, now); err != nil {
+		return err
 	}
-	return err
+	return rec.remove()
 }
 
 // valid reports whether the attachment stays. A reservation without an interface's
@@ -71,50 +108,4 @@ func (c *Config) collectLinks(h *netlink.Handle) (stuck []ipam.Owner, errs error
 		}
 	}
 	return stuck, errs
-}
-
-// Status returns an error if an ADD could not succeed now.
-func Status(args *skel.CmdArgs) error {
-	c, err := ParseConfig(args.StdinData)
-	if err != nil {
-		return err
-	}
-	w, err := newWiring(c, types.ErrPluginNotAvailable)
-	if err != nil {
-		return as(types.ErrPluginNotAvailable, err)
-	}
-	for i, subnet := range w.subnets {
-		if err := c.reservations().Free(subnet, i); err != nil {
-			return fail(types.ErrPluginNotAvailable, "%v", err)
-		}
-	}
-	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
-	if err != nil {
-		return ioFail("open netlink socket", err)
-	}
-	defer h.Close()
-	br, err := h.LinkByName(c.Bridge)
-	if isNotFound(err) {
-		return nil // the first pod makes it
-	}
-	if err != nil {
-		return ioFail("look up bridge "+c.Bridge, err)
-	}
-	if err := w.checkBridge(br); err != nil {
-		return as(types.ErrPluginNotAvailable, err)
-	}
-	// The pods there have addresses that other nodes do not send to this one.
-	if _, err := w.missingGateways(h, br); err != nil {
-		return as(types.ErrLimitedConnectivity, err)
-	}
-	return nil
-}
-
-// as gives an error the code that STATUS must answer with.
-func as(code uint, err error) error {
-	var e *types.Error
-	if errors.As(err, &e) {
-		return types.NewError(code, e.Msg, e.Details)
-	}
-	return fail(code, "%v", err)
 }

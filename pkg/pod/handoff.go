@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+
+	"github.com/twill-net/twill/pkg/overlay"
 )
 
 // DefaultHandoff is where twilld leaves the hand-off: beside subnet.env.
@@ -25,6 +27,7 @@ type Handoff struct {
 	Subnets  []netip.Prefix `json:"subnets"`  // this node's share, at most one per family
 	MTU      int            `json:"mtu"`      // for pods: what the overlay carries unfragmented
 	IPMasq   bool           `json:"ipMasq"`   // the daemon masquerades what leaves the cluster
+	Firewall overlay.Tool   `json:"firewall,omitempty"`
 }
 
 // validate returns an error that names the first wrong field.
@@ -84,7 +87,7 @@ func minMTU(subnets []netip.Prefix) int {
 
 // Equal reports whether two hand-offs say the same, of whatever version.
 func (h Handoff) Equal(o Handoff) bool {
-	return slices.Equal(h.Networks, o.Networks) && slices.Equal(h.Subnets, o.Subnets) && h.MTU == o.MTU && h.IPMasq == o.IPMasq
+	return slices.Equal(h.Networks, o.Networks) && slices.Equal(h.Subnets, o.Subnets) && h.MTU == o.MTU && h.IPMasq == o.IPMasq && h.Firewall == o.Firewall
 }
 
 // WriteHandoff replaces the file at path. A reader, or a node that loses power,

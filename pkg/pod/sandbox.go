@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"runtime"
 
 	"github.com/containernetworking/cni/pkg/types"
@@ -82,14 +81,16 @@ func (s *sandbox) enter(f func() error) error {
 	return err
 }
 
-// enableIPv6 lets a link have IPv6 addresses in a namespace whose maker turned
-// them off, as Docker does.
-func (s *sandbox) enableIPv6(link string) error {
-	return s.enter(func() error { return writeSysctl("ipv6", link, "disable_ipv6", "0") })
-}
+// place is the pod's namespace for one end of its veth.
+func (s *sandbox) place() place { return place{nl: s.nl, in: s.enter} }
 
-func writeSysctl(family, link, key, value string) error {
-	return os.WriteFile("/proc/sys/net/"+family+"/conf/"+link+"/"+key, []byte(value), 0o644)
+// identity is what tells this namespace from a later one at the same path.
+func (s *sandbox) identity() Namespace {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(s.ns), &st); err != nil {
+		return Namespace{Path: s.path}
+	}
+	return Namespace{Path: s.path, Device: st.Dev, Inode: st.Ino}
 }
 
 func (s *sandbox) close() {

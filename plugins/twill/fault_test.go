@@ -61,9 +61,9 @@ func TestAddErrors(t *testing.T) {
 		{"MTU too small for IPv6", func(_ *host, p *namespace) call { return add("c", p).with("mtu", 1000) }, 7, []string{"mtu: 1000: must be at least 1280"}},
 		{"unknown argument", func(_ *host, p *namespace) call {
 			c := add("c", p)
-			c.env = []string{"CNI_ARGS=IP=198.18.1.9"}
+			c.env = []string{"CNI_ARGS=COLOUR=red"}
 			return c
-		}, 4, []string{"unknown key IP"}},
+		}, 4, []string{"unknown key COLOUR"}},
 		{"data directory is a file", func(h *host, p *namespace) call { return add("c", p).with("dataDir", h.conf["handoffFile"]) }, 5, []string{"not a directory"}},
 		{"cni0 is no bridge", func(h *host, p *namespace) call {
 			if err := h.nl.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "cni0"}, PeerName: "peer"}); err != nil {
@@ -72,10 +72,10 @@ func TestAddErrors(t *testing.T) {
 			return add("c", p)
 		}, pod.ErrBridge, []string{"link cni0 is a veth, not a bridge"}},
 		{
-			"cni0 of another subnet", func(h *host, p *namespace) call { bridgeWith(h, "198.18.7.1/24"); return add("c", p) }, pod.ErrBridge,
-			[]string{`"cni0" already has an IP address different from 198.18.1.1/24`, "198.18.7.1/24", "ip link delete cni0"},
+			"somebody else's cni0", func(h *host, p *namespace) call { bridgeWith(h, "192.0.2.1/24"); return add("c", p) }, pod.ErrBridge,
+			[]string{`"cni0" already has an IP address different from this node's`, "192.0.2.1/24", "rename it"},
 		},
-		{"cni0 of another subnet, IPv6", func(h *host, p *namespace) call { bridgeWith(h, "fd00:7::1/64"); return add("c", p) }, pod.ErrBridge, []string{"different from fd00:18:0:1::1/64"}},
+		{"somebody else's cni0, IPv6", func(h *host, p *namespace) call { bridgeWith(h, "fd00:7::1/64"); return add("c", p) }, pod.ErrBridge, []string{"it has fd00:7::1/64"}},
 		// The last step of all that can fail, with everything made.
 		{"route that the kernel refuses", func(_ *host, p *namespace) call {
 			return add("c", p).with("routes", []any{map[string]any{"dst": "203.0.113.0/24", "gw": "192.0.2.1"}})
@@ -183,7 +183,7 @@ func TestDelKeepsOthers(t *testing.T) {
 	h.must(call{verb: "DEL", id: "never-there"})
 	h.must(del("a", a))
 	mustPing(t, h.namespace, addrOf(rb, 0), 100)
-	if got := len(h.traces()); got != 3 {
+	if got := len(h.traces()); got != 4 {
 		t.Errorf("traces %v", h.traces())
 	}
 	// A link that is not ours does not go, though it has the name.
@@ -263,18 +263,18 @@ func TestCheck(t *testing.T) {
 				a, _ := netlink.ParseAddr("198.18.1.2/24")
 				return nl.AddrDel(l, a)
 			}, p, "eth0")
-		}, "the pod has no address 198.18.1.2/24; the pod has no route 0.0.0.0/0 via 198.18.1.1"},
+		}, "the pod's link eth0 has no address 198.18.1.2/24; the pod's link eth0 has no route 0.0.0.0/0 via 198.18.1.1"},
 		{"IPv6 address", func(_ *host, p *namespace, _ string) {
 			set(func(nl *netlink.Handle, l netlink.Link) error {
 				a, _ := netlink.ParseAddr("fd00:18:0:1::2/64")
 				return nl.AddrDel(l, a)
 			}, p, "eth0")
-		}, "the pod has no address fd00:18:0:1::2/64"},
+		}, "the pod's link eth0 has no address fd00:18:0:1::2/64"},
 		{"route", func(_ *host, p *namespace, _ string) {
 			set(func(nl *netlink.Handle, l netlink.Link) error {
 				return nl.RouteDel(&netlink.Route{Dst: &net.IPNet{IP: net.IPv6zero, Mask: net.CIDRMask(0, 128)}, LinkIndex: l.Attrs().Index, Gw: netip.MustParseAddr("fd00:18:0:1::1").AsSlice()})
 			}, p, "eth0")
-		}, "the pod has no route ::/0 via fd00:18:0:1::1"},
+		}, "the pod's link eth0 has no route ::/0 via fd00:18:0:1::1"},
 		{"pod's MTU", func(_ *host, p *namespace, _ string) {
 			set(func(nl *netlink.Handle, l netlink.Link) error { return nl.LinkSetMTU(l, 1300) }, p, "eth0")
 		}, "the pod's link eth0 has MTU 1300, not 1450"},
@@ -304,7 +304,7 @@ func TestCheck(t *testing.T) {
 				a, _ := netlink.ParseAddr("198.18.1.1/24")
 				return nl.AddrDel(l, a)
 			}, h.namespace, "cni0")
-		}, "the bridge cni0 has no gateway address 198.18.1.1/24"},
+		}, "the bridge cni0 has no gateway address 198.18.1.1"},
 		{"bridge down", func(h *host, _ *namespace, _ string) {
 			set((*netlink.Handle).LinkSetDown, h.namespace, "cni0")
 		}, "the bridge cni0 is down"},

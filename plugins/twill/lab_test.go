@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -293,14 +294,24 @@ func (h *host) traces() []string {
 			out = append(out, n)
 		}
 	}
-	files, err := filepath.Glob(filepath.Join(h.conf["dataDir"].(string), "*", "*"))
+	return append(out, h.files()...)
+}
+
+// files lists what there is of addresses and records.
+func (h *host) files() []string {
+	h.t.Helper()
+	var out []string
+	err := filepath.WalkDir(h.conf["dataDir"].(string), func(path string, f fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
+			return nil
+		}
+		if err == nil && !f.IsDir() && f.Name() != "lock" && !strings.HasPrefix(f.Name(), "last_reserved_ip.") {
+			out = append(out, f.Name())
+		}
+		return err
+	})
 	if err != nil {
 		h.t.Fatal(err)
-	}
-	for _, f := range files {
-		if b := filepath.Base(f); b != "lock" && !strings.HasPrefix(b, "last_reserved_ip.") {
-			out = append(out, b)
-		}
 	}
 	return out
 }

@@ -3,6 +3,8 @@
 package main
 
 import (
+	"os"
+
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/version"
 
@@ -13,6 +15,9 @@ import (
 var release = "devel"
 
 func main() {
+	// The library would look at CNI_NETNS a second time when the verb is done, and
+	// could call an ADD failed whose result is printed. Twill looks by itself, before.
+	os.Setenv("CNI_NETNS_OVERRIDE", "1")
 	skel.PluginMainFuncs(skel.CNIFuncs{
 		Add:    pod.Add,
 		Del:    pod.Del,

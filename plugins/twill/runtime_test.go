@@ -36,7 +36,7 @@ func TestGC(t *testing.T) {
 
 	gc := call{verb: "GC"}
 	h.must(gc) // told nothing, it does nothing
-	if got := len(h.traces()); got != 4*3+3 {
+	if got := len(h.traces()); got != 4*4+4 {
 		t.Errorf("traces %v", h.traces())
 	}
 	attachment := func(id, ifname string) map[string]any {
@@ -79,7 +79,7 @@ func TestStatus(t *testing.T) {
 	moved := dualStack
 	moved.Subnets = []netip.Prefix{netip.MustParsePrefix("198.18.2.0/24")}
 	h.handoff(moved)
-	h.fails(status, 51, "already has an IP address different from 198.18.2.1/24")
+	h.fails(status, 51, "cni0 still has 198.18.1.1/24, of a subnet that this node had before")
 	h.fails(status.with("mtu", 1e9), 7)
 	if err := errors.Join(h.nl.LinkDel(h.link("cni0")), h.nl.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "cni0"}, PeerName: "peer"})); err != nil {
 		t.Fatal(err)

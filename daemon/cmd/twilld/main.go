@@ -10,12 +10,19 @@ import (
 	"syscall"
 
 	"github.com/twill-net/twill/daemon"
+	"github.com/twill-net/twill/pkg/cniinstall"
 )
 
 // version is set by the linker.
 var version = "devel"
 
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == "install-cni" {
+		ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+		code := cniinstall.Command(ctx, os.Args[2:], os.Stdout, os.Stderr)
+		stop()
+		os.Exit(code)
+	}
 	cfg, err := daemon.ParseConfig(os.Args[1:], os.Getenv, os.Stderr)
 	if errors.Is(err, daemon.ErrHelp) {
 		os.Exit(0)

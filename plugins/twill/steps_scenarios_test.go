@@ -1,0 +1,44 @@
+//go:build linux && amd64
+
+package main
+
+// scenario is a way to attach a pod.
+type scenario struct {
+	name string
+	conf map[string]any
+	// run is the runtimeConfig of the pod, again that of the same pod in a new
+	// sandbox before the old one is gone, neighbour that of another pod. They differ
+	// in host ports, of which there is one each.
+	run, again, neighbour map[string]any
+	// warm: a pod runs already, so the bridge is there. Else each ADD makes it.
+	warm bool
+	as   string // what the plugin is called; empty: twill
+	// gone: DEL, which alone is walked, is called when the namespace is gone, and
+	// without the result of ADD.
+	gone bool
+	// rests: what is kept of a released address may stay.
+	rests bool
+}
+
+func scenarios() []scenario {
+	ports := func(tcp, udp int) map[string]any {
+		return map[string]any{"portMappings": []any{
+			map[string]any{"hostPort": tcp, "containerPort": 80, "protocol": "tcp"},
+			map[string]any{"hostPort": udp, "containerPort": 53, "protocol": "udp"},
+		}}
+	}
+	const mbit = 1_000_000
+	mine, again, neighbour := ports(8080, 8053), ports(8081, 8054), ports(8082, 8055)
+	limits := map[string]any{"bandwidth": map[string]any{
+		"ingressRate": 10 * mbit, "ingressBurst": 2 * mbit, "egressRate": 20 * mbit, "egressBurst": 2 * mbit,
+	}}
+	return []scenario{
+		{name: "bridged, first pod"},
+		{name: "bridged, namespace gone", warm: true, gone: true},
+		{name: "routed", conf: map[string]any{"mode": "routed"}},
+		{name: "bandwidth", run: limits, again: limits, neighbour: limits, warm: true},
+		{name: "host ports by nftables", conf: map[string]any{"firewall": "nftables"}, run: mine, again: again, neighbour: neighbour, warm: true},
+		{name: "host ports by iptables", conf: map[string]any{"firewall": "iptables", "mode": "routed"}, run: mine, again: again, neighbour: neighbour},
+		{name: "sticky address, cool-down", conf: map[string]any{"ipam": map[string]any{"sticky": true, "coolDown": "10s"}}, warm: true, rests: true},
+	}
+}

@@ -27,6 +27,7 @@ func (n *Node) cleanup(t *testing.T) (out string, code int, stderr string) {
 // wholeDump prints all there is in a host's kernel, Twill's and flannel's too, but
 // what changes by itself.
 const wholeDump = `set -e
+for i in $(seq 50); do [ -n "$(ip -6 -o addr show tentative)" ] || break; sleep 0.1; done
 ip -d link | sed -e 's/[a-z_]*timer *[0-9.]*//g'
 ip -d addr | sed -e 's/[a-z_]*timer *[0-9.]*//g'
 for f in -4 -6; do ip $f route show table all; ip $f rule; ip $f neigh show nud permanent; ip $f nexthop; done

@@ -260,10 +260,31 @@ func (n *Node) AddPod(name string) (*Pod, error) {
 }
 
 // Delete has the plugin unwire the pod.
+//
+// The daemon deletes the pod's links a moment after DEL has returned. Delete waits for
+// that, because most tests look at the kernel next.
 func (p *Pod) Delete() error {
-	_, err := p.CNI("DEL", NetConf)
-	return err
+	if _, err := p.CNI("DEL", NetConf); err != nil {
+		return err
+	}
+	return p.Node.awaitCollected()
 }
+
+// awaitCollected waits until no link of a pod that was detached is left.
+func (n *Node) awaitCollected() error {
+	for begin := time.Now(); ; time.Sleep(10 * time.Millisecond) {
+		out, err := n.Run("ip", "-o", "link", "show", "group", doomedGroup)
+		if err != nil || out == "" {
+			return err
+		}
+		if time.Since(begin) > 20*time.Second {
+			return fmt.Errorf("%s: links of detached pods are not deleted: %s", n.Name, out)
+		}
+	}
+}
+
+// doomedGroup is the link group of links that wait for the daemon to delete them.
+const doomedGroup = "21591"
 
 // CNI runs the plugin as a runtime does.
 func (p *Pod) CNI(command, netconf string) ([]byte, error) {

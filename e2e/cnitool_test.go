@@ -67,6 +67,7 @@ func TestCNITool(t *testing.T) {
 				}
 				continue
 			}
+			must(t, n.awaitCollected())
 			// cnitool knows of no attachment that is to stay, and deletes all.
 			if _, err := pod.Run("ip", "link", "show", "eth0"); err == nil {
 				t.Error("gc of all left eth0 in the pod")
@@ -80,6 +81,7 @@ func TestCNITool(t *testing.T) {
 			_, err = run("del")
 			must(t, err)
 		}
+		must(t, n.awaitCollected())
 		if out, err := run("check"); err == nil || !strings.Contains(out+err.Error(), "twill") {
 			t.Errorf("check after del: %v: %s", err, out)
 		}

@@ -151,21 +151,32 @@ func (c *Containerd) importImage(ctx context.Context) error {
 	return nil
 }
 
-// InstallCNI puts the plugins, Twill's and Debian's, and a network where containerd
-// looks for them, and waits until it has seen it. Of Debian's, it needs loopback.
-func (c *Containerd) InstallCNI(ctx context.Context, conflist string) error {
-	twill, err := nettest.BuildProgram("./plugins/twill")
-	if err != nil {
-		return err
+// InstallCNI has twilld install plugin and network, as an operator would, and waits
+// until containerd has read the network. Debian's plugins lie beside: containerd
+// itself needs loopback.
+func (c *Containerd) InstallCNI(ctx context.Context, args ...string) error {
+	_, err := c.Node.Run("sh", "-c", "mkdir -p /opt/cni/bin && ln -sf /usr/lib/cni/* /opt/cni/bin/")
+	if err == nil {
+		_, err = c.Node.Run("twilld", append([]string{"install-cni"}, args...)...)
 	}
-	const script = `set -e
-mkdir -p /opt/cni/bin /etc/cni/net.d
-ln -sf /usr/lib/cni/* /opt/cni/bin/
-cp "$1" /opt/cni/bin/twill
-printf %s "$2" >/etc/cni/net.d/.new
-mv /etc/cni/net.d/.new /etc/cni/net.d/10-twill.conflist`
-	if _, err := c.Node.Run("sh", "-c", script, "sh", twill, conflist); err != nil {
+	conflist := ""
+	if err == nil {
+		conflist, err = c.Node.Run("cat", networkFile)
+	}
+	if err != nil {
 		return fmt.Errorf("install CNI plugin: %w", err)
+	}
+	return c.waitNetwork(ctx, conflist)
+}
+
+const networkFile = "/etc/cni/net.d/10-twill.conflist"
+
+// SetNetwork replaces the network that is installed and waits until containerd has
+// read the new one.
+func (c *Containerd) SetNetwork(ctx context.Context, conflist string) error {
+	_, err := c.Node.Run("sh", "-c", `printf %s "$1" >"$2.new" && mv "$2.new" "$2"`, "sh", conflist, networkFile)
+	if err != nil {
+		return fmt.Errorf("set network: %w", err)
 	}
 	return c.waitNetwork(ctx, conflist)
 }

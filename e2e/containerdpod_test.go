@@ -12,11 +12,11 @@ import (
 
 // TestContainerdHostPort reaches a pod by a port of its node.
 func TestContainerdHostPort(t *testing.T) {
-	runtimes, ctx := startRuntimes(t, 2, network(capable))
+	runtimes, ctx := startRuntimes(t, 2)
 	r, other := runtimes[0], runtimes[1]
 	far := runPod(ctx, t, other, "far", nil)
 	for _, mode := range []string{"bridged", "routed"} {
-		must(t, r.InstallCNI(ctx, network(capable+`, "mode": "`+mode+`"`)))
+		must(t, r.InstallCNI(ctx, "--mode="+mode))
 		before := used(ctx, t, r)
 		web := runPod(ctx, t, r, "web", withPort(8090))
 		checkHostPort(ctx, t, web, far, 8090)
@@ -52,7 +52,7 @@ func checkHostPort(ctx context.Context, t *testing.T, web, far *CRIPod, port uin
 // it: what goes to the pod on the host's end of its link, what it sends on a link
 // that it must pass.
 func TestContainerdBandwidth(t *testing.T) {
-	runtimes, ctx := startRuntimes(t, 1, network(capable))
+	runtimes, ctx := startRuntimes(t, 1)
 	r := runtimes[0]
 	before := used(ctx, t, r)
 	p := runPod(ctx, t, r, "slow", func(c *cri.PodSandboxConfig) {
@@ -74,7 +74,7 @@ func TestContainerdBandwidth(t *testing.T) {
 // TestContainerdAddress gives a pod the addresses that its annotation asks for, and
 // refuses those that another has or that are of another node.
 func TestContainerdAddress(t *testing.T) {
-	runtimes, ctx := startRuntimes(t, 1, network(capable))
+	runtimes, ctx := startRuntimes(t, 1)
 	r := runtimes[0]
 	before := used(ctx, t, r)
 	first := runPod(ctx, t, r, "first", nil)
@@ -100,11 +100,13 @@ func TestContainerdAddress(t *testing.T) {
 // TestContainerdChain puts Debian's plugins behind Twill's, as people have them
 // behind flannel's.
 func TestContainerdChain(t *testing.T) {
-	runtimes, ctx := startRuntimes(t, 2, network(`"capabilities": {}`,
-		`{"type": "portmap", "capabilities": {"portMappings": true}, "snat": true}`,
-		`{"type": "bandwidth", "capabilities": {"bandwidth": true}}`,
-		`{"type": "tuning", "sysctl": {"net.core.somaxconn": "500"}}`))
+	runtimes, ctx := startRuntimes(t, 2)
 	r := runtimes[0]
+	must(t, r.SetNetwork(ctx, `{"cniVersion": "1.0.0", "name": "cbr0", "plugins": [
+		{"type": "twill"},
+		{"type": "portmap", "capabilities": {"portMappings": true}},
+		{"type": "bandwidth", "capabilities": {"bandwidth": true}},
+		{"type": "tuning", "sysctl": {"net.core.somaxconn": "500"}}]}`))
 	before := used(ctx, t, r)
 	far := runPod(ctx, t, runtimes[1], "far", nil)
 	p := runPod(ctx, t, r, "p", func(c *cri.PodSandboxConfig) {

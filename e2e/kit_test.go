@@ -190,6 +190,7 @@ nft add rule ip foreign c tcp dport 9 counter comment '"foreign"'
 // Twill's. What is Twill's, and what comes and goes with it by the kernel's own
 // doing (local routes and multicast of its devices), is left out.
 const foreignDump = `set -e
+for i in $(seq 50); do [ -n "$(ip -6 -o addr show tentative)" ] || break; sleep 0.1; done
 for d in lo eth0 foreign0 foreign7; do ip -d link show dev $d; ip -d addr show dev $d; bridge fdb show dev $d; done
 for f in -4 -6; do
 	ip $f -d route show table all | grep -v -e 'dev flannel' -e 'proto 84' -e 'dev cni0' -e 'dev veth' || true

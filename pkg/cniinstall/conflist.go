@@ -65,12 +65,13 @@ type network struct {
 	name    string
 	types   []string // of its plugins
 	mode    string   // of Twill's plugin
-	err     error    // it is not a configuration
+	err     error    // why it is not a configuration
 }
 
 func (n network) uses(plugin string) bool { return slices.Contains(n.types, plugin) }
 
-// networks reads the configurations in the order in which runtimes take them.
+// networks reads the configurations in the order in which runtimes take them. It is
+// all of them or an error: what is not known here, others would lose.
 func networks(dir string) ([]network, error) {
 	entries, err := os.ReadDir(dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -78,19 +79,24 @@ func networks(dir string) ([]network, error) {
 	}
 	var out []network
 	for _, e := range entries {
-		if ext := filepath.Ext(e.Name()); !e.IsDir() && (ext == ".conf" || ext == ".conflist" || ext == ".json") {
-			out = append(out, readNetwork(filepath.Join(dir, e.Name())))
+		if ext := filepath.Ext(e.Name()); e.IsDir() || ext != ".conf" && ext != ".conflist" && ext != ".json" {
+			continue
 		}
+		content, err := os.ReadFile(filepath.Join(dir, e.Name()))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, explain("read configurations", err)
+		}
+		out = append(out, parseNetwork(e.Name(), content))
 	}
 	slices.SortFunc(out, func(a, b network) int { return cmp.Compare(a.file, b.file) })
 	return out, nil
 }
 
-func readNetwork(path string) network {
-	n := network{file: filepath.Base(path)}
-	if n.content, n.err = os.ReadFile(path); n.err != nil {
-		return n
-	}
+func parseNetwork(name string, content []byte) network {
+	n := network{file: name, content: content}
 	type plugin struct{ Type, Mode string }
 	var conf struct {
 		Name    string

@@ -55,6 +55,7 @@ type job struct {
 	content []byte // of the plugin to install
 	release string
 	locks   []*os.File
+	flannel bool // the plugin called flannel is ours, too
 }
 
 // Install puts the plugin, and then its configuration, in place. First it looks at
@@ -127,7 +128,12 @@ func (j *job) dirs() []string {
 // plugin, so that comes first.
 func (j *job) plan() ([]Step, error) {
 	names := []string{"twill"}
-	if j.AsFlannel {
+	have, err := j.look(filepath.Join(j.BinDir, "flannel"))
+	if err != nil {
+		return nil, err
+	}
+	// Where it once was put it is kept up to date.
+	if j.flannel = j.AsFlannel || have.ours(); j.flannel {
 		names = append(names, "flannel")
 	}
 	var steps []Step
@@ -210,6 +216,8 @@ type file struct {
 	foreign error // why it is not Twill's
 }
 
+func (f file) ours() bool { return !f.absent && f.foreign == nil }
+
 func (j *job) look(path string) (file, error) {
 	var f file
 	var err error
@@ -224,17 +232,15 @@ func (j *job) look(path string) (file, error) {
 		return f, explain("read what is there", err)
 	}
 	f.mode = info.Mode().Perm()
-	f.release, err = ask(j.ctx, path)
-	var foreign *foreignError
-	switch {
-	case len(j.content) > 0 && slices.Equal(f.content, j.content):
-		f.release, f.foreign = j.release, nil // whatever its mode
-	case errors.As(err, &foreign):
-		f.foreign = foreign
-	case err != nil:
-		return f, err
+	if len(j.content) > 0 && slices.Equal(f.content, j.content) {
+		f.release = j.release // whatever its mode
+		return f, nil
 	}
-	return f, nil
+	f.release, err = ask(j.ctx, path)
+	if foreign := (*foreignError)(nil); errors.As(err, &foreign) {
+		f.foreign, err = foreign, nil
+	}
+	return f, err
 }
 
 // conflist plans what becomes of the configuration.
@@ -258,8 +264,6 @@ func (j *job) conflist() (Step, error) {
 		s.Result = "installed"
 	case slices.Equal(all[i].content, want):
 		s.Result, s.do = "unchanged", nil
-	case all[i].content == nil:
-		return s, explain("read what is there", all[i].err)
 	case !untouched(all[i].content) && !j.Force:
 		s.Result, s.Detail, s.do = "kept", "it is not as Twill wrote it", nil
 		j.warn("%s was edited, or not written by Twill, and stays; --force writes it anew", path)
@@ -274,22 +278,17 @@ func (j *job) lookBack() error {
 	if err != nil {
 		return err
 	}
-	_, err = ask(j.ctx, filepath.Join(j.BinDir, "flannel"))
-	if foreign := (*foreignError)(nil); err != nil && !errors.As(err, &foreign) {
-		return err
-	}
-	asFlannel := err == nil
 	for _, n := range all {
 		path := filepath.Join(j.ConfDir, n.file)
 		switch {
 		case n.file == j.ConfName && n.err != nil:
-			j.warn("%s cannot be read (%v): --force writes it anew", path, n.err)
+			j.warn("%s is not a configuration (%v): --force writes it anew", path, n.err)
 		case n.file == j.ConfName && !n.uses("twill"):
 			j.warn("%s does not use the plugin twill: --force writes it anew", path)
 		case n.file >= j.ConfName:
 		case n.err != nil:
-			j.warn("%s comes before %s and cannot be read (%v), so runtimes have no network: remove it", path, j.ConfName, n.err)
-		case n.uses("flannel") && asFlannel:
+			j.warn("%s comes before %s and is not a configuration (%v), so runtimes have no network: remove it", path, j.ConfName, n.err)
+		case n.uses("flannel") && j.flannel:
 			// It leads to Twill's plugin, by flannel's name.
 		case n.uses("flannel"):
 			j.warn("%s comes before %s, so pods get flannel's network: rename it (mv %s %s.off), or have twill do its work (--as-flannel)", path, j.ConfName, path, path)

@@ -78,7 +78,7 @@ var situations = []struct {
 	},
 	{
 		name: "a broken conflist", before: func(n *node) { n.put(n.conf("10-twill.conflist"), nil, 0o644) },
-		says: []string{"kept", "cannot be read", "--force"}, after: "twill=old 10-twill.conflist=broken",
+		says: []string{"kept", "is not a configuration", "--force"}, after: "twill=old 10-twill.conflist=broken",
 	},
 	{
 		name: "a network before ours", before: func(n *node) {
@@ -88,7 +88,7 @@ var situations = []struct {
 	},
 	{
 		name: "a broken one before ours", before: func(n *node) { n.put(n.conf("05-x.conflist"), []byte(`{`), 0o644) },
-		says: []string{"05-x.conflist", "cannot be read"}, after: "twill=old 05-x.conflist=broken 10-twill.conflist=cbr0/bridged",
+		says: []string{"05-x.conflist", "is not a configuration"}, after: "twill=old 05-x.conflist=broken 10-twill.conflist=cbr0/bridged",
 	},
 	{name: "one after ours", before: func(n *node) { n.put(n.conf("99-x.conflist"), []byte(`{`), 0o644) }, after: fresh + " 99-x.conflist=broken"},
 	{name: "flannel's", before: flannels, says: []string{"10-flannel.conflist comes before", "mv ", "--as-flannel"}, after: "flannel=foreign twill=old 10-flannel.conflist=podnet 10-twill.conflist=podnet/bridged"},
@@ -103,6 +103,10 @@ var situations = []struct {
 	{
 		name: "as flannel, which is gone", before: func(n *node) { flannels(n); n.must("--as-flannel"); os.Remove(n.conf("10-flannel.conflist")) },
 		after: ".flannel.before-twill=foreign flannel=old twill=old 10-twill.conflist=podnet/bridged",
+	},
+	{
+		name: "upgrade in flannel's place", before: func(n *node) { flannels(n); n.must("--as-flannel") }, args: []string{"--plugin=new"},
+		after: ".flannel.before-twill=foreign flannel=new twill=new 10-flannel.conflist=podnet 10-twill.conflist=podnet/bridged",
 	},
 	{name: "another name", args: []string{"--conf-name=00-twill.conflist"}, before: flannels, after: "flannel=foreign twill=old 00-twill.conflist=podnet/bridged 10-flannel.conflist=podnet"},
 

@@ -159,7 +159,7 @@ func (n *node) what(path string) string {
 	}
 	content := n.read(path)
 	if strings.HasSuffix(path, ".conflist") {
-		c := readNetwork(path)
+		c := parseNetwork(filepath.Base(path), content)
 		switch {
 		case c.err != nil:
 			return "broken"

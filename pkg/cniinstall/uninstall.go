@@ -73,7 +73,7 @@ func (j *job) withdrawBinary(name string, stays []network) ([]Step, error) {
 		return nil, err
 	}
 	switch {
-	case backedUp && (have.absent || have.foreign == nil):
+	case backedUp && (have.absent || have.ours()):
 		s.Result, s.Detail = "restored", "from "+backup
 		s.do = func() error {
 			if err := os.Rename(backup, path); err != nil {

@@ -81,7 +81,7 @@ func tbf(link netlink.Link, rate, burst uint64) *netlink.Tbf {
 	bytes := max(min(burst/8, perSecond*uint64(maxBurst/time.Second)), uint64(packetOf(link)))
 	// What exceeds the burst waits for at most the latency, or, since the sender
 	// may hand over a large packet at once, in a queue of that size.
-	limit := perSecond*uint64(latency)/uint64(time.Second) + min(bytes, maxQueue)
+	limit := perSecond/uint64(time.Second/latency) + min(bytes, maxQueue)
 	return &netlink.Tbf{
 		QdiscAttrs: netlink.QdiscAttrs{LinkIndex: link.Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT},
 		Rate:       perSecond,

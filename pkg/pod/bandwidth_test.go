@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"io"
 	"math"
 	"net"
 	"path/filepath"
@@ -139,7 +138,7 @@ func (s *shaped) transfer(from, to *nettest.NS, addr string) float64 {
 	var from0 time.Time
 	for time.Since(begin) < warmup+length {
 		n, err := in.Read(b)
-		if err == io.EOF || err != nil {
+		if err != nil {
 			s.t.Fatal(err)
 		}
 		if time.Since(begin) < warmup {

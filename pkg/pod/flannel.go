@@ -21,7 +21,7 @@ const (
 // the container, and has the delegate wire the pod. Twill takes the same first
 // step, word for word, and then is the delegate itself:
 //
-//	ADD    delegate(env) → scratchConf → the scratch file, and
+//	ADD    delegate(env) → the scratch file (scratchConf), and
 //	                     → addConf → Twill's own configuration
 //	DEL    the scratch file, flannel's or ours → delConf → Twill's own configuration
 //

@@ -231,7 +231,7 @@ func TestScratch(t *testing.T) {
 		t.Errorf("sweep before ADD: %v", err)
 	}
 	for _, id := range []string{"../a", "", ".", "a/b"} {
-		if err := writeScratch(dir, id, nil); err == nil {
+		if err := writeScratch(dir, id, []byte("{}")); err == nil {
 			t.Errorf("container %q was taken", id)
 		}
 	}
@@ -249,7 +249,7 @@ func TestScratch(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, ".a.tmp"), []byte("{"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if b, err := readScratch(dir, "a"); string(b) != `{"name":"cbr0"}` || err != nil {
+	if b, err := readScratch(dir, "a"); string(b) != `{"ipMasq":false,"name":"cbr0"}` || err != nil {
 		t.Errorf("read: %s, %v", b, err)
 	}
 	for range 2 {
@@ -267,7 +267,7 @@ func TestScratch(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "file"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := writeScratch(filepath.Join(dir, "file"), "a", nil); err == nil {
+	if err := writeScratch(filepath.Join(dir, "file"), "a", []byte("{}")); err == nil {
 		t.Error("a file was taken for the directory")
 	}
 }

@@ -110,7 +110,7 @@ func TestScratchFileServesBridge(t *testing.T) {
 		t.Fatal(err)
 	}
 	n := network{T: t, host: host, networks: t.TempDir(), scratch: filepath.Join(t.TempDir(), "flannel")}
-	conf := flannelScratch(t, env, fmt.Sprintf(`{"cniVersion":"0.3.1","name":"cbr0","type":"flannel","ipam":{"dataDir":%q},"delegate":{"hairpinMode":true,"isDefaultGateway":true}}`, n.networks))
+	conf := delegateOf(t, env, fmt.Sprintf(`{"cniVersion":"0.3.1","name":"cbr0","type":"flannel","ipam":{"dataDir":%q},"delegate":{"hairpinMode":true,"isDefaultGateway":true}}`, n.networks))
 	pods := 0
 	for how, wire := range map[string]func(network, string, *nettest.NS){"wired by bridge": network.wiredByBridge, "wired like Twill": network.wiredLikeTwill} {
 		for state, c := range map[string]struct{ link, netns bool }{"whole": {true, true}, "link gone": {false, true}, "namespace gone": {false, false}} {
@@ -143,18 +143,14 @@ func TestScratchFileServesBridge(t *testing.T) {
 	}
 }
 
-// flannelScratch is the content of the scratch file for a configuration.
-func flannelScratch(t *testing.T, env SubnetEnv, stdin string) []byte {
+// delegateOf is what flannel's plugin makes of a configuration.
+func delegateOf(t *testing.T, env SubnetEnv, stdin string) []byte {
 	t.Helper()
 	n, err := parseFlannel([]byte(stdin))
 	if err != nil {
 		t.Fatal(err)
 	}
-	delegate, err := n.delegate(env)
-	if err != nil {
-		t.Fatal(err)
-	}
-	conf, err := scratchConf(delegate)
+	conf, err := n.delegate(env)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -165,11 +165,16 @@ func scratchPath(dir, containerID string) (string, error) {
 }
 
 // writeScratch replaces the container's scratch file, before anything is wired: a
-// pod that is half there can be removed by it. A reader sees all of it or nothing.
+// pod that is half there can be removed by it. delegate is what flannel's plugin
+// would give its delegate. A reader sees all of it or nothing.
 // It is not forced to the disk: no pod outlives a loss of power, and DEL has a
 // second source.
-func writeScratch(dir, containerID string, conf []byte) error {
+func writeScratch(dir, containerID string, delegate []byte) error {
 	path, err := scratchPath(dir, containerID)
+	if err != nil {
+		return fmt.Errorf("write scratch file: %w", err)
+	}
+	conf, err := scratchConf(delegate)
 	if err == nil {
 		err = os.MkdirAll(dir, 0o700)
 	}

@@ -252,8 +252,30 @@ func (n *node) checks(e Entry, want []string) {
 	})
 }
 
-// A process that is killed at any moment leaves what Remove or Sync mends, and
-// never lets an older state win over a newer one.
+// child starts a process that opens and closes e's ports until it is killed.
+func (n *node) child(e Entry, env ...string) *exec.Cmd {
+	n.t.Helper()
+	text, err := json.Marshal(e)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), childDir+"="+n.dir.path, childTool+"="+string(n.dir.tool), childEntry+"="+string(text))
+	cmd.Env = append(cmd.Env, env...)
+	cmd.Stderr = &strings.Builder{}
+	n.must(cmd.Start)
+	return cmd
+}
+
+func (n *node) kill(cmd *exec.Cmd) {
+	n.t.Helper()
+	cmd.Process.Kill()
+	if err := cmd.Wait(); cmd.Stderr.(*strings.Builder).Len() > 0 {
+		n.t.Fatalf("child: %v %s", err, cmd.Stderr)
+	}
+}
+
+// A process that is killed at any moment leaves what Remove or Sync mends.
 func TestKilled(t *testing.T) {
 	eachFlavour(t, func(t *testing.T, f flavour) {
 		n := newNode(t, f)
@@ -262,21 +284,10 @@ func TestKilled(t *testing.T) {
 			t.Fatal(err)
 		}
 		e := n.fake(2, tcp(8081, 80))
-		text, err := json.Marshal(e)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for i := range 24 {
-			cmd := exec.Command(os.Args[0])
-			cmd.Env = append(os.Environ(), childDir+"="+n.dir.path, childTool+"="+string(f.tool), childEntry+"="+string(text))
-			var stderr strings.Builder
-			cmd.Stderr = &stderr
-			n.must(cmd.Start)
+		for i := range 16 {
+			cmd := n.child(e)
 			time.Sleep(time.Duration(20+rand.IntN(80)) * time.Millisecond)
-			cmd.Process.Kill()
-			if err := cmd.Wait(); stderr.Len() > 0 {
-				t.Fatalf("child: %v %s", err, stderr.String())
-			}
+			n.kill(cmd)
 			if i%2 == 0 {
 				n.sync(func(x Entry) bool { return x.Attachment == stays.Attachment })
 			} else if err := n.remove(e); err != nil {
@@ -291,6 +302,42 @@ func TestKilled(t *testing.T) {
 		if err := n.remove(stays); err != nil {
 			t.Fatal(err)
 		}
+		n.clean()
+	})
+}
+
+// The tool that a killed process has started goes on. Nobody writes before it has
+// ended, so that it does not bring back what was there before.
+func TestKilledToolRuns(t *testing.T) {
+	eachFlavour(t, func(t *testing.T, f flavour) {
+		n := newNode(t, f)
+		slow := t.TempDir()
+		for _, tool := range []string{"nft", "iptables-restore", "ip6tables-restore"} {
+			path, err := exec.LookPath(tool)
+			if err != nil {
+				t.Fatal(err)
+			}
+			script := fmt.Sprintf("#!/bin/sh\nsleep 0.5\nexec %s \"$@\"\n", path)
+			if err := os.WriteFile(filepath.Join(slow, tool), []byte(script), 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		e := n.fake(1, tcp(8080, 80))
+		cmd := n.child(e, "PATH="+slow+":"+os.Getenv("PATH"))
+		for begin := time.Now(); ; time.Sleep(time.Millisecond) {
+			if _, err := os.Stat(filepath.Join(n.dir.path, toolFile)); err == nil {
+				break // the rules are next
+			}
+			if time.Since(begin) > 10*time.Second {
+				t.Fatal("the child wrote nothing in 10 s")
+			}
+		}
+		time.Sleep(100 * time.Millisecond)
+		n.kill(cmd)
+		if err := n.remove(e); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Second)
 		n.clean()
 	})
 }
@@ -320,4 +367,31 @@ func TestLeftFiles(t *testing.T) {
 		}
 		n.clean()
 	})
+}
+
+// BenchmarkAddRemove is one pod's port among those of 20 others.
+func BenchmarkAddRemove(b *testing.B) {
+	for _, f := range flavours() {
+		b.Run(f.name, func(b *testing.B) {
+			n := newNode(b, f)
+			for i := range 20 {
+				if err := n.add(n.fake(i+2, tcp(uint16(8001+i), 80))); err != nil {
+					b.Fatal(err)
+				}
+			}
+			e := n.fake(1, tcp(8000, 80))
+			var adding time.Duration
+			for b.Loop() {
+				begin := time.Now()
+				if err := n.add(e); err != nil {
+					b.Fatal(err)
+				}
+				adding += time.Since(begin)
+				if err := n.remove(e); err != nil {
+					b.Fatal(err)
+				}
+			}
+			b.ReportMetric(float64(adding.Microseconds())/float64(b.N)/1000, "ms/add")
+		})
+	}
 }

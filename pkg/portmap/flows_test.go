@@ -30,12 +30,6 @@ func (n *node) client(ns *nettest.NS, to string) client {
 	return client{c}
 }
 
-// silence is how long a client waits that expects no answer, patience one that does.
-const (
-	silence  = 300 * time.Millisecond
-	patience = 3 * time.Second
-)
-
 // ask sends once, and returns the answer, which is empty if there is none.
 func (c client) ask(wait time.Duration) string {
 	b := make([]byte, 256)

@@ -248,25 +248,31 @@ func ask(ns *nettest.NS, protocol, to string) (string, error) {
 	var out string
 	var err error
 	for range 3 { // the first packet may find no neighbour yet, and nobody repeats it
-		if out, err = askOnce(ns, protocol, to); err == nil || errors.Is(err, syscall.ECONNREFUSED) {
+		if out, err = askOnce(ns, protocol, to, patience); err == nil || errors.Is(err, syscall.ECONNREFUSED) {
 			break
 		}
 	}
 	return out, err
 }
 
-func askOnce(ns *nettest.NS, protocol, to string) (string, error) {
+// silence is how long a client waits that expects no answer, patience one that does.
+const (
+	silence  = 300 * time.Millisecond
+	patience = 3 * time.Second
+)
+
+func askOnce(ns *nettest.NS, protocol, to string, wait time.Duration) (string, error) {
 	if protocol == "sctp" {
-		return askSCTP(ns, to)
+		return askSCTP(ns, to, wait)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), wait)
 	defer cancel()
 	c, err := ns.DialContext(ctx, protocol, to)
 	if err != nil {
 		return "", err
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(time.Second))
+	c.SetDeadline(time.Now().Add(wait))
 	if protocol == "udp" {
 		if _, err := c.Write([]byte("?")); err != nil {
 			return "", err
@@ -288,7 +294,7 @@ func (n *node) answers(ns *nettest.NS, protocol, to, want string) {
 
 func (n *node) silent(ns *nettest.NS, protocol, to string) {
 	n.t.Helper()
-	if got, err := askOnce(ns, protocol, to); err == nil {
+	if got, err := askOnce(ns, protocol, to, silence); err == nil {
 		n.t.Errorf("%s from %s to %s: %q, want no answer", protocol, ns.Name, to, got)
 	}
 }

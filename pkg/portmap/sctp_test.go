@@ -55,7 +55,7 @@ func initAck(b []byte, port uint16, text string) []byte {
 	return sctpPacket(port, binary.BigEndian.Uint16(b), tag, chunkInitAck, append(param, text...))
 }
 
-func askSCTP(ns *nettest.NS, to string) (string, error) {
+func askSCTP(ns *nettest.NS, to string, wait time.Duration) (string, error) {
 	dst, err := netip.ParseAddrPort(to)
 	if err != nil {
 		return "", err
@@ -73,7 +73,7 @@ func askSCTP(ns *nettest.NS, to string) (string, error) {
 	if _, err := c.WriteTo(sctpPacket(port, dst.Port(), 0, chunkInit, nil), &net.IPAddr{IP: dst.Addr().AsSlice()}); err != nil {
 		return "", err
 	}
-	c.SetDeadline(time.Now().Add(time.Second))
+	c.SetDeadline(time.Now().Add(wait))
 	b := make([]byte, 2048)
 	for {
 		l, from, err := c.ReadFrom(b)

@@ -12,10 +12,11 @@ type scenario struct {
 	run, again, neighbour map[string]any
 	// warm: a pod runs already, so the bridge is there. Else each ADD makes it.
 	warm bool
-	as   string // what the plugin is called; empty: twill
 	// gone: DEL, which alone is walked, is called when the namespace is gone, and
 	// without the result of ADD.
 	gone bool
+	// flannel: the configuration is flannel's, with a subnet.env.
+	flannel bool
 	// rests: what is kept of a released address may stay.
 	rests bool
 }
@@ -40,5 +41,8 @@ func scenarios() []scenario {
 		{name: "host ports by nftables", conf: map[string]any{"firewall": "nftables"}, run: mine, again: again, neighbour: neighbour, warm: true},
 		{name: "host ports by iptables", conf: map[string]any{"firewall": "iptables", "mode": "routed"}, run: mine, again: again, neighbour: neighbour},
 		{name: "sticky address, cool-down", conf: map[string]any{"ipam": map[string]any{"sticky": true, "coolDown": "10s"}}, warm: true, rests: true},
+		{name: "flannel's configuration", flannel: true, conf: map[string]any{
+			"type": "flannel", "delegate": map[string]any{"hairpinMode": true, "isDefaultGateway": true}, "handoffFile": nil,
+		}},
 	}
 }

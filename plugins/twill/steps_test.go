@@ -65,12 +65,28 @@ func (w *walk) fresh(t testing.TB) {
 	for k, v := range w.sc.conf {
 		w.conf[k] = v
 	}
+	if w.sc.flannel {
+		w.subnetEnv()
+	}
 	if w.sc.warm {
 		neighbour := add("other", newNamespace(t)).with("runtimeConfig", w.sc.neighbour)
 		neighbour.env = tools()
 		w.must(neighbour)
 	}
 	w.before = w.world()
+}
+
+// subnetEnv makes the node one of flannel's.
+func (w *walk) subnetEnv() {
+	w.t.Helper()
+	env := fmt.Sprintf("FLANNEL_NETWORK=%s\nFLANNEL_SUBNET=%s\nFLANNEL_IPV6_NETWORK=%s\nFLANNEL_IPV6_SUBNET=%s\nFLANNEL_MTU=%d\nFLANNEL_IPMASQ=true\n",
+		dualStack.Networks[0], dualStack.Subnets[0], dualStack.Networks[1], dualStack.Subnets[1], dualStack.MTU)
+	w.conf["subnetFile"] = filepath.Join(w.dir, "run", "subnet.env")
+	w.conf["ipam"] = map[string]any{"dataDir": w.conf["dataDir"]}
+	w.conf["dataDir"] = filepath.Join(w.dir, "scratch")
+	if err := os.WriteFile(w.conf["subnetFile"].(string), []byte(env), 0o600); err != nil {
+		w.t.Fatal(err)
+	}
 }
 
 // world is the state of the node and of the pod.
@@ -115,9 +131,6 @@ func (w *walk) id() string {
 func (w *walk) trace(c call, f faults.Fault) *faults.Outcome {
 	w.t.Helper()
 	cmd := w.command(c)
-	if w.sc.as != "" {
-		cmd.Args[0] = filepath.Join(plugins, w.sc.as)
-	}
 	// Steps come in the same order, mostly.
 	cmd.Env = append(cmd.Env, "GOMAXPROCS=1", "GODEBUG=asyncpreemptoff=1")
 	var out *faults.Outcome
@@ -179,7 +192,7 @@ func (w *walk) reset() {
 	} else if errors.As(err, new(netlink.LinkNotFoundError)) {
 		err = nil
 	}
-	if err := errors.Join(err, os.RemoveAll(filepath.Join(w.dir, "networks"))); err != nil {
+	if err := errors.Join(err, os.RemoveAll(filepath.Join(w.dir, "networks")), os.RemoveAll(filepath.Join(w.dir, "scratch"))); err != nil {
 		w.t.Fatal(err)
 	}
 }

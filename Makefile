@@ -19,7 +19,7 @@ deps: ## install the Debian packages that demo and benchmarks need
 	@e2e/deps.sh
 
 .PHONY: test-deps
-test-deps: ## install what the tests need, too: BIRD, FRR, QEMU with a kernel, etcd 3.4
+test-deps: ## install what the tests need, too: BIRD, FRR, containerd, QEMU with a kernel, etcd 3.4
 	@e2e/deps.sh test
 
 .PHONY: build

@@ -26,10 +26,8 @@ type CRIPod struct {
 	container string
 }
 
+// webPort is where the container serves.
 const webPort = 8080
-
-// serve is what the container runs.
-var serve = fmt.Sprintf("hostname >/www/index.html; exec httpd -f -p %d -h /www", webPort)
 
 // RunPod makes a pod and starts its container. The configuration of its sandbox is
 // changed by edit first, if that is given.
@@ -110,6 +108,7 @@ func (p *CRIPod) readStatus(ctx context.Context) error {
 
 // startContainer waits until the web server takes connections.
 func (p *CRIPod) startContainer(ctx context.Context) error {
+	serve := fmt.Sprintf("hostname >/www/index.html; exec httpd -f -p %d -h /www", webPort)
 	made, err := p.runtime.Runtime.CreateContainer(ctx, &cri.CreateContainerRequest{
 		PodSandboxId: p.ID, SandboxConfig: p.Config,
 		Config: &cri.ContainerConfig{

@@ -13,8 +13,8 @@ import (
 
 // Host is a machine of the lab: a network namespace whose eth0 is plugged into
 // the switch, and its own mount namespace, in which the directories of Twill, CNI,
-// WireGuard, BIRD and FRR are empty at first, so that all programs run with their
-// default paths. The default routes lead to a gateway that does not exist.
+// containerd, WireGuard, BIRD and FRR are empty at first, so that all programs run
+// with their default paths. The default routes lead to a gateway that does not exist.
 type Host struct {
 	*NS
 	IPv4, IPv6 netip.Addr // of eth0

@@ -249,6 +249,9 @@ func (w *wiring) shape(at attachment, h *netlink.Handle, outer netlink.Link) err
 	if w.Bandwidth == nil {
 		return nil
 	}
+	if err := w.Bandwidth.check(outer); err != nil {
+		return fail(types.ErrInvalidNetworkConfig, "runtimeConfig.bandwidth: %v", err)
+	}
 	if err := w.Bandwidth.apply(h, outer, at.alias()); err != nil {
 		return ioFail("limit the bandwidth of "+at.String(), err)
 	}
@@ -276,6 +279,9 @@ func (w *wiring) openPorts(at attachment, addrs []ipam.Address, link string) err
 	e, needed := w.portEntryOf(at, own)
 	if !needed {
 		return nil
+	}
+	if err := e.Validate(); err != nil {
+		return fail(types.ErrInvalidNetworkConfig, "runtimeConfig.portMappings: %v", err)
 	}
 	if err := w.localnet(link); err != nil {
 		return err

@@ -69,7 +69,7 @@ func (w *wiring) makeBridge(h *netlink.Handle) (netlink.Link, error) {
 	attrs := netlink.NewLinkAttrs()
 	attrs.Name, attrs.MTU, attrs.HardwareAddr = w.Bridge, w.mtu, w.bridgeMAC()
 	if err := h.LinkAdd(&netlink.Bridge{LinkAttrs: attrs}); err != nil && !errors.Is(err, unix.EEXIST) {
-		return nil, err
+		return nil, fmt.Errorf("make it: %w", err)
 	}
 	return h.LinkByName(w.Bridge)
 }

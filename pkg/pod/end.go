@@ -163,7 +163,7 @@ func writeSysctls(p place, list []sysctl) error {
 		return nil
 	})
 	if err != nil {
-		return ioFail("set sysctls", err)
+		return ioFail("set sysctl net/"+list[0].key, err)
 	}
 	return nil
 }

@@ -3,6 +3,7 @@ package pod
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 
 	"github.com/containernetworking/cni/pkg/types"
 )
@@ -37,6 +38,16 @@ func ioFail(doing string, err error) error {
 	return fail(errIO, "%s: %v", doing, err)
 }
 
+// badFile is the error for a file of the daemon's: it cannot be read, or makes no
+// sense.
+func badFile(err error) error {
+	var io *fs.PathError
+	if errors.As(err, &io) {
+		return fail(errIO, "%v", err)
+	}
+	return fail(types.ErrDecodingFailure, "%v", err)
+}
+
 // withCause adds to the error of an ADD that what it left behind.
 func withCause(err, left error) error {
 	if left == nil {
@@ -49,11 +60,15 @@ func withCause(err, left error) error {
 	return types.NewError(e.Code, e.Msg, "not all could be taken back, DEL must: "+left.Error())
 }
 
-// as gives an error the code that STATUS must answer with.
+// as gives an error the code that STATUS must answer with. A configuration that is
+// wrong is that for every verb.
 func as(code uint, err error) error {
 	var e *types.Error
-	if errors.As(err, &e) {
-		return types.NewError(code, e.Msg, e.Details)
+	switch {
+	case !errors.As(err, &e):
+		return fail(code, "%v", err)
+	case e.Code == types.ErrInvalidNetworkConfig:
+		return e
 	}
-	return fail(code, "%v", err)
+	return types.NewError(code, e.Msg, e.Details)
 }

@@ -198,7 +198,7 @@ func readScratch(dir, containerID string) ([]byte, error) {
 		return nil, err
 	}
 	b, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
+	if absent(err) {
 		return nil, nil
 	}
 	if err != nil {
@@ -222,7 +222,7 @@ func removeScratch(dir, containerID string) error {
 }
 
 func removeFile(path string) error {
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := os.Remove(path); err != nil && !absent(err) {
 		return err
 	}
 	return nil

@@ -141,7 +141,7 @@ func ReadHandoff(path string) (Handoff, error) {
 	}
 	h, err := parseHandoff(b)
 	if err != nil {
-		return Handoff{}, fmt.Errorf("read hand-off %s: %w", path, err)
+		return Handoff{}, fmt.Errorf("read hand-off %s: %w; twilld writes it anew when it starts", path, err)
 	}
 	return h, nil
 }

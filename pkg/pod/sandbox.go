@@ -27,7 +27,7 @@ func openSandbox(path string) (*sandbox, error) {
 		return nil, fail(types.ErrUnknownContainer, "CNI_NETNS %s does not exist: the container is gone; let the runtime make a new sandbox", path)
 	}
 	if err != nil {
-		return nil, fail(types.ErrInvalidNetNS, "CNI_NETNS %s: %v", path, err)
+		return nil, fail(types.ErrInvalidNetNS, "CNI_NETNS: %v: must be the path of a network namespace", err)
 	}
 	s := &sandbox{path: path, ns: ns}
 	if err := s.open(); err != nil {
@@ -51,7 +51,7 @@ func (s *sandbox) open() error {
 		return err
 	})
 	if errors.Is(err, unix.EINVAL) {
-		return fail(types.ErrInvalidNetNS, "CNI_NETNS %s is not a network namespace", s.path)
+		return fail(types.ErrInvalidNetNS, "CNI_NETNS %s is not a network namespace: must be the path of one", s.path)
 	}
 	if err != nil {
 		return ioFail("enter network namespace "+s.path, err)

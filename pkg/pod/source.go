@@ -35,7 +35,7 @@ func readConf(args *skel.CmdArgs) (*Config, error) {
 		return nil, fail(types.ErrTryAgainLater, "%v", err)
 	}
 	if err != nil {
-		return nil, fail(types.ErrDecodingFailure, "%v", err)
+		return nil, badFile(err)
 	}
 	delegate, err := net.delegate(env)
 	if err != nil {
@@ -71,7 +71,7 @@ func readBasics(args *skel.CmdArgs) (*Config, fields, error) {
 	}
 	native, err := net.delConf(scratch)
 	if err != nil {
-		return nil, nil, fail(types.ErrInvalidNetworkConfig, "%v", err)
+		return nil, nil, fail(types.ErrInvalidNetworkConfig, "flannel's network configuration: %v", err)
 	}
 	c, f, err := parseBasics(native)
 	if err != nil {

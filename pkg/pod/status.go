@@ -12,7 +12,7 @@ import (
 func Status(args *skel.CmdArgs) error {
 	c, err := readConf(args)
 	if err != nil {
-		return err
+		return as(types.ErrPluginNotAvailable, err)
 	}
 	w, err := newWiring(c, types.ErrPluginNotAvailable)
 	if err != nil {
@@ -23,7 +23,7 @@ func Status(args *skel.CmdArgs) error {
 		return fail(types.ErrPluginNotAvailable, "twilld: %s; see `netctl status`", reason)
 	}
 	if err := c.reservations().FreeFor(ipam.Request{Sets: w.sets, CoolDown: c.IPAM.CoolDown}); err != nil {
-		return fail(types.ErrPluginNotAvailable, "%v", err)
+		return as(types.ErrPluginNotAvailable, allocateError(attachment{}, err))
 	}
 	if c.Mode == Routed {
 		return nil

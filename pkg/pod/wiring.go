@@ -45,7 +45,7 @@ func newWiring(c *Config, notYet uint) (*wiring, error) {
 		return nil, noHandoff(c, notYet)
 	}
 	if err != nil {
-		return nil, fail(types.ErrDecodingFailure, "%v", err)
+		return nil, badFile(err)
 	}
 	w := &wiring{Config: c, networks: h.Networks, subnets: h.Subnets, mtu: h.MTU}
 	if c.MTU != 0 {
@@ -92,7 +92,7 @@ func (w *wiring) addRoute(r types.Route) error {
 	if r.GW == nil && r.Scope == nil {
 		gw, ok := w.gateway(isV4(r.Dst.IP))
 		if !ok {
-			return fail(types.ErrInvalidNetworkConfig, "network configuration: routes: %s: this node has no subnet of that family", &r.Dst)
+			return fail(types.ErrInvalidNetworkConfig, "network configuration: routes: %s: this node has no subnet of that family: remove it", &r.Dst)
 		}
 		r.GW = gw.AsSlice()
 	}

@@ -48,7 +48,7 @@ func (d Dir) Add(ctx context.Context, e Entry) error {
 	if e.empty() {
 		return d.Remove(ctx, e.Attachment)
 	}
-	if err := e.check(); err != nil {
+	if err := e.Validate(); err != nil {
 		return err
 	}
 	f, err := d.open()

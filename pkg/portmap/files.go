@@ -89,7 +89,7 @@ func (f *files) read() error {
 			if err != nil {
 				return err
 			}
-			bad := e.check() != nil || e.empty()
+			bad := e.Validate() != nil || e.empty()
 			f.lost = f.lost || bad
 			if bad || !links.exists(e.HostLink) {
 				f.dead = append(f.dead, e)

@@ -140,7 +140,7 @@ func FuzzParseMappings(f *testing.F) {
 			return
 		}
 		e := (&pod{addr: "198.18.1.2", ipv6: "fd00:18:0:1::2"}).entry(ms...)
-		if err := e.check(); err != nil {
+		if err := e.Validate(); err != nil {
 			t.Errorf("%s: %v", raw, err)
 		}
 		var back Entry

@@ -13,15 +13,18 @@ import (
 
 // Our iptables chains.
 const (
-	HostPortChain    = "TWILL-HOSTPORT" // nat: the ports
-	HostMasqChain    = "TWILL-HOSTMASQ" // nat: sources
-	LocalNetChain    = "TWILL-LOCALNET" // filter: guards 127.0.0.0/8
-	kubeProxyMark    = 0x4000           // of packets that kube-proxy masquerades itself
-	lockSeconds      = 5                // bounds the wait for the xtables lock
-	statusAbsent     = 1                // of iptables -S: no such chain
-	statusUnreadable = 3                // a rule of somebody's that iptables has no words for
-	jumpCommentText  = "-m comment --comment " + overlay.JumpComment
+	HostPortChain = "TWILL-HOSTPORT" // nat: the ports
+	HostMasqChain = "TWILL-HOSTMASQ" // nat: sources
+	LocalNetChain = "TWILL-LOCALNET" // filter: guards 127.0.0.0/8
 )
+
+// Exit statuses of iptables -S.
+const (
+	statusAbsent     = 1 // no such chain
+	statusUnreadable = 3 // a rule of somebody's that iptables has no words for
+)
+
+const jumpComment = "-m comment --comment " + overlay.JumpComment
 
 // iptables writes the rules of each family through iptables-restore, of whatever
 // flavour the node's is.
@@ -41,12 +44,16 @@ type jump struct {
 }
 
 func (j jump) words(target string) string {
-	return strings.TrimSpace(j.match+" "+jumpCommentText) + " -j " + target
+	return strings.TrimSpace(j.match+" "+jumpComment) + " -j " + target
 }
 
 // iptablesChains prints a family's rules. The guard of 127.0.0.0/8 comes before
 // the ports: while the last table lacks its jumps, the next writer sees that the
 // one before was killed.
+//
+// LocalNetChain is there because pods' packets to 127.0.0.0/8, which the kernel
+// refuses else, pass where route_localnet is on; answers to the node itself do not
+// count as theirs.
 //
 // A jump to the ports is the last of its hook, as the portmap plugin's: kube-proxy
 // puts its own first, so that a service comes before a host port. The one to

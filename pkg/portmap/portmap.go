@@ -78,8 +78,8 @@ func (e Entry) addr(f overlay.Family) netip.Addr {
 	return netip.Addr{}
 }
 
-// check says what would make a rule of e impossible.
-func (e Entry) check() error {
+// Validate says what would make a rule of e impossible.
+func (e Entry) Validate() error {
 	if e.Attachment == "" || strings.ContainsRune(e.Attachment, '/') || strings.HasPrefix(e.Attachment, ".") {
 		return fmt.Errorf("attachment %q: must be a file's name that does not begin with a dot", e.Attachment)
 	}

@@ -14,6 +14,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// lockSeconds bounds the wait for the xtables lock, which every iptables command of
+// every program on the node takes.
+const lockSeconds = 5
+
 var errLocked = errors.New("another program has held the xtables lock")
 
 // process is a firewall tool at work.

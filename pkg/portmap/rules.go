@@ -37,6 +37,9 @@ func (r ruleset) empty() bool { return len(r.forwards) == 0 && len(r.masquerade)
 // no such thing: the kernel sends nothing from ::1 out of the node.
 func loopback() netip.Prefix { return netip.MustParsePrefix("127.0.0.0/8") }
 
+// kubeProxyMark is set by kube-proxy on packets that it masquerades itself.
+const kubeProxyMark = 0x4000
+
 // multicast is never masqueraded.
 func multicast(f overlay.Family) netip.Prefix {
 	if f == overlay.IPv4 {

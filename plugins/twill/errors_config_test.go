@@ -96,9 +96,9 @@ func configErrors() (out []failure) {
 	}
 	// What every verb needs, DEL too.
 	for _, e := range []struct{ conf, words string }{
-		{`{"name":".."}`, `name: "..": must name the network, and can be a file's name`},
-		{`{"name":""}`, `name`},
-		{`{"name":"a/b"}`, `name|a/b`},
+		{`{"name":".."}`, `network configuration: name: |..|must name the network`},
+		{`{"name":""}`, `network configuration: name: |must name the network`},
+		{`{"name":"a/b"}`, `network configuration: name: |a/b|must name the network`},
 		{`{"handoffFile":"twill.json"}`, `handoffFile: "twill.json": must be an absolute path`},
 		{`{"handoffFile":7}`, `handoffFile: 7: must be an absolute path`},
 		{`{"dataDir":"here"}`, `dataDir: "here": must be an absolute path`},
@@ -114,6 +114,7 @@ func configErrors() (out []failure) {
 		badConfig("ADD GC", `{"cni.dev/valid-attachments":[{}]}`, bad, `cni.dev/valid-attachments: [{}]: must be a list of`),
 		badConfig("CHECK", `{"prevResult":null}`, bad, "prevResult: |must be the result of ADD"),
 		badConfig("ADD CHECK STATUS DEL GC", `{"cniVersion":7}`, decoding, "cniVersion"),
+		badConfig("ADD CHECK STATUS DEL GC", `{"name":7}`, decoding, "name"),
 		badConfig("ADD CHECK STATUS DEL GC", `{"cniVersion":"9.9.9"}`, incompatible, "9.9.9|1.1.0"),
 		badConfig("CHECK", `{"cniVersion":"0.3.1"}`, incompatible, "CHECK|0.3.1|0.4.0"),
 		badConfig("STATUS", `{"cniVersion":"1.0.0"}`, incompatible, "STATUS|1.0.0|1.1.0"),

@@ -24,7 +24,12 @@ func coveredPackages() []string {
 }
 
 // unreachable are the errors that no failure can show, and why.
-var unreachable = map[string]string{}
+var unreachable = map[string]string{
+	`fail(types.ErrIncompatibleCNIVersion, "convert result to version %s: %v", w.CNIVersion, err)`: "the library lets no version pass that it cannot convert to",
+	`fail(types.ErrDecodingFailure, "decode network configuration: %v", err)`:                      "the library has decoded it before",
+	`fail(types.ErrInvalidNetworkConfig, "flannel's network configuration: %v", err)`:              "it was decoded from JSON, and is encoded as such",
+	`fail(code, "%v", err)`: "whatever STATUS hands over is a CNI error already",
+}
 
 // errorMaker is a place in package pod that makes an error of a verb.
 type errorMaker struct {

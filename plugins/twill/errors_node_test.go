@@ -139,7 +139,7 @@ func nodeErrors() []failure {
 		},
 		{
 			name: "attached already", code: types.ErrInvalidEnvironmentVariables,
-			call: after(addPod, func(h *host, p *namespace) error { h.attach(add("c", p)); return nil }),
+			call:  after(addPod, func(h *host, p *namespace) error { h.attach(add("c", p)); return nil }),
 			words: []string{"CNI_CONTAINERID, CNI_IFNAME: " + thisPod + " is attached already, by link veth", "must call DEL before it calls ADD again"},
 		},
 		{
@@ -240,12 +240,12 @@ func flannelErrors() []failure {
 	return []failure{
 		{
 			name: "flannel: bad value", verbs: "ADD CHECK STATUS DEL GC", code: bad,
-			call: flannel(subnetEnv, func(_ *host, c call) call { return c.with("delegate", 7) }),
+			call:  flannel(subnetEnv, func(_ *host, c call) call { return c.with("delegate", 7) }),
 			words: []string{"flannel's network configuration", "delegate", "must be an object"},
 		},
 		{
 			name: "flannel: relative path", verbs: "ADD CHECK STATUS DEL GC", code: bad,
-			call: flannel(subnetEnv, func(_ *host, c call) call { return c.with("subnetFile", "subnet.env") }),
+			call:  flannel(subnetEnv, func(_ *host, c call) call { return c.with("subnetFile", "subnet.env") }),
 			words: []string{"flannel's network configuration", `subnetFile: "subnet.env": must be an absolute path`},
 		},
 		{
@@ -262,22 +262,36 @@ func flannelErrors() []failure {
 		},
 		{
 			name: "flannel: subnet.env missing", verbs: "ADD CHECK", code: types.ErrTryAgainLater,
-			call: func(h *host, p *namespace) call { return h.asFlannel(check(h, p)) },
+			call:  func(h *host, p *namespace) call { return h.asFlannel(check(h, p)) },
 			words: []string{"subnet.env: no such file", "the daemon has not written it yet", "netctl status"},
 		},
 		{
 			name: "flannel: subnet.env missing, STATUS", code: types.ErrPluginNotAvailable,
-			call: func(h *host, _ *namespace) call { return h.asFlannel(call{verb: "STATUS"}) },
+			call:  func(h *host, _ *namespace) call { return h.asFlannel(call{verb: "STATUS"}) },
 			words: []string{"subnet.env: no such file", "the daemon has not written it yet", "netctl status"},
 		},
 		{
-			name: "flannel: subnet.env broken", verbs: every, code: types.ErrDecodingFailure, call: flannel("FLANNEL_MTU=big\n", same),
+			name: "flannel: subnet.env broken", verbs: "ADD CHECK", code: types.ErrDecodingFailure, call: flannel("FLANNEL_MTU=big\n", same),
 			words: []string{"subnet.env: line 1: FLANNEL_MTU: \"big\": must be a whole number from 68 to 65535", "the daemon writes the file anew when it starts"},
 		},
 		{
-			name: "flannel: subnet.env not readable", verbs: every, code: types.ErrIOFailure,
-			call: flannel(subnetEnv, func(h *host, c call) call { return c.with("subnetFile", h.dir) }),
+			name: "flannel: subnet.env not readable", verbs: "ADD CHECK", code: types.ErrIOFailure,
+			call:  flannel(subnetEnv, func(h *host, c call) call { return c.with("subnetFile", h.dir) }),
 			words: []string{"read subnet file", "is a directory"},
+		},
+		{
+			name: "flannel: subnet.env broken, STATUS", verbs: "STATUS", code: types.ErrPluginNotAvailable, call: flannel("FLANNEL_MTU=big\n", same),
+			words: []string{"subnet.env: line 1: FLANNEL_MTU: \"big\": must be", "the daemon writes the file anew when it starts"},
+		},
+		{
+			name: "flannel: scratch file names no network", verbs: "DEL", code: bad,
+			call: flannel(subnetEnv, func(h *host, c call) call {
+				if err := h.write(h.file("scratch/c"), `{"name":"a/b"}`); err != nil {
+					h.t.Fatal(err)
+				}
+				return c
+			}),
+			words: []string{`network configuration: name: "a/b": must name the network, and can be a file's name`},
 		},
 		{
 			name: "flannel: scratch directory is a file", code: types.ErrIOFailure,

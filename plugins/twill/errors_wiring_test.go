@@ -184,10 +184,6 @@ func delErrors() []failure {
 			words: []string{"remove what dead containers left: ", "open record of the attachment: ", "c:eth0: is a directory"},
 		},
 		{
-			name: "DEL, reservation not readable", code: types.ErrIOFailure, call: attached("DEL", instead("cbr0", "198.18.1.2")),
-			words: []string{"release the addresses of container c interface eth0: ", "cbr0/198.18.1.2: "},
-		},
-		{
 			name: "DEL, nft missing", code: types.ErrIOFailure,
 			call: func(h *host, p *namespace) call {
 				c := mapsPort(add("c", p), "").with("firewall", "nftables")
@@ -233,7 +229,7 @@ func statusErrors() []failure {
 		},
 		{
 			name: "STATUS, somebody else's cni0", code: away,
-			call: after(status, func(h *host, _ *namespace) error { bridgeWith(h, "192.0.2.1/24"); return nil }),
+			call:  after(status, func(h *host, _ *namespace) error { bridgeWith(h, "192.0.2.1/24"); return nil }),
 			words: []string{"it has 192.0.2.1/24", "rename it"},
 		},
 		{

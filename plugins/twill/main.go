@@ -18,11 +18,16 @@ func main() {
 	// The library would look at CNI_NETNS a second time when the verb is done, and
 	// could call an ADD failed whose result is printed. Twill looks by itself, before.
 	os.Setenv("CNI_NETNS_OVERRIDE", "1")
-	skel.PluginMainFuncs(skel.CNIFuncs{
+	conf := peek()
+	err := skel.PluginMainFuncsWithError(skel.CNIFuncs{
 		Add:    pod.Add,
 		Del:    pod.Del,
 		Check:  pod.Check,
 		GC:     pod.GC,
 		Status: pod.Status,
 	}, version.All, "CNI plugin twill "+release)
+	if err != nil {
+		printError(err, conf)
+		os.Exit(1)
+	}
 }

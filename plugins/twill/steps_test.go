@@ -26,6 +26,7 @@ import (
 func TestFaultAtEveryStep(t *testing.T) {
 	for _, sc := range scenarios() {
 		t.Run(sc.name, func(t *testing.T) {
+			t.Parallel()
 			for _, verb := range []struct {
 				name string
 				walk func(*walk)

@@ -45,6 +45,9 @@ func Cleanup(ctx context.Context, cfg Config, out io.Writer, log *slog.Logger) e
 		}
 		fmt.Fprintln(out, op)
 	}
+	if err := pod.CloseHostPorts(ctx, cfg.CNIDataDir); err != nil {
+		errs = append(errs, err)
+	}
 	bridge, ports, err := pod.RemoveIdleBridge(overlay.Bridge)
 	switch {
 	case err != nil:

@@ -1,9 +1,11 @@
 package pod
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
+	"reflect"
 
 	"github.com/containernetworking/cni/pkg/types"
 )
@@ -36,6 +38,23 @@ func ioFail(doing string, err error) error {
 		return err
 	}
 	return fail(errIO, "%s: %v", doing, err)
+}
+
+// plainJSON says of a value of a wrong type which key has it and what it must be, in
+// other than Go's words.
+func plainJSON(err error) error {
+	var bad *json.UnmarshalTypeError
+	if !errors.As(err, &bad) {
+		return err
+	}
+	must := map[reflect.Kind]string{
+		reflect.Map: "an object", reflect.Struct: "an object", reflect.Bool: "true or false",
+		reflect.Int: "a whole number", reflect.String: "a text", reflect.Slice: "a list",
+	}[bad.Type.Kind()]
+	if must == "" || bad.Field == "" {
+		return err
+	}
+	return fmt.Errorf("%s: is a %s, must be %s", bad.Field, bad.Value, must)
 }
 
 // badFile is the error for a file of the daemon's: it cannot be read, or makes no

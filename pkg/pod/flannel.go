@@ -51,7 +51,7 @@ type flannelConf struct {
 func parseFlannel(stdin []byte) (flannelNet, error) {
 	c := flannelConf{SubnetFile: DefaultSubnetFile, DataDir: DefaultScratchDir}
 	if err := json.Unmarshal(stdin, &c); err != nil {
-		return flannelNet{}, fmt.Errorf("decode flannel's network configuration: %w", err)
+		return flannelNet{}, fmt.Errorf("flannel's network configuration: %w", plainJSON(err))
 	}
 	for key, path := range map[string]string{"subnetFile": c.SubnetFile, "dataDir": c.DataDir} {
 		if !filepath.IsAbs(path) {
@@ -140,7 +140,7 @@ func (n flannelNet) ipam(env SubnetEnv) (map[string]any, error) {
 func scratchConf(delegate []byte) ([]byte, error) {
 	d := map[string]json.RawMessage{}
 	if err := json.Unmarshal(delegate, &d); err != nil {
-		return nil, fmt.Errorf("flannel's network configuration: delegate: %w", err)
+		return nil, fmt.Errorf("flannel's network configuration: delegate.%w", plainJSON(err))
 	}
 	d["ipMasq"] = json.RawMessage("false")
 	return json.Marshal(d)
@@ -258,7 +258,7 @@ func (n flannelNet) native(name, delegateType string) twillConf {
 func (n flannelNet) addConf(delegate []byte) ([]byte, error) {
 	var b bridgeConf
 	if err := json.Unmarshal(delegate, &b); err != nil {
-		return nil, fmt.Errorf("flannel's network configuration: delegate: %w", err)
+		return nil, fmt.Errorf("flannel's network configuration: delegate.%w", plainJSON(err))
 	}
 	if unable := b.unable(); len(unable) > 0 {
 		return nil, fmt.Errorf("flannel's network configuration: %s", strings.Join(unable, "; "))

@@ -27,7 +27,7 @@ func openSandbox(path string) (*sandbox, error) {
 		return nil, fail(types.ErrUnknownContainer, "CNI_NETNS %s does not exist: the container is gone; let the runtime make a new sandbox", path)
 	}
 	if err != nil {
-		return nil, fail(types.ErrInvalidNetNS, "CNI_NETNS: %v: must be the path of a network namespace", err)
+		return nil, fail(types.ErrInvalidNetNS, "CNI_NETNS %s: %v: must be the path of a network namespace", path, err)
 	}
 	s := &sandbox{path: path, ns: ns}
 	if err := s.open(); err != nil {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -88,7 +87,12 @@ func (d Dir) Add(ctx context.Context, e Entry) error {
 // Remove closes an attachment's ports. What is not there is no error and costs no
 // process.
 func (d Dir) Remove(ctx context.Context, attachment string) error {
-	if _, err := os.Lstat(filepath.Join(d.path, attachment+entryFile)); errors.Is(err, fs.ErrNotExist) {
+	entry := filepath.Join(d.path, attachment+entryFile)
+	// Of an Add that was killed before there was an entry.
+	if err := os.Remove(entry + tempFile); err != nil && !isAbsent(err) {
+		return fmt.Errorf("close host ports of %s: %w", attachment, err)
+	}
+	if _, err := os.Lstat(entry); isAbsent(err) {
 		return nil
 	}
 	f, err := d.open()
@@ -147,7 +151,7 @@ func (d Dir) apply(ctx context.Context, f *files, u update) error {
 
 // Check says how the firewall and the record differ from what e needs.
 func (d Dir) Check(ctx context.Context, e Entry) ([]string, error) {
-	if _, err := os.Lstat(filepath.Join(d.path, e.Attachment+entryFile)); errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Lstat(filepath.Join(d.path, e.Attachment+entryFile)); isAbsent(err) {
 		if e.empty() {
 			return nil, nil
 		}
@@ -180,7 +184,7 @@ func wantedRules(entries, touched []Entry) []ruleset {
 // no entry it reads a directory; with entries whose rules are there, it lists them.
 func (d Dir) Sync(ctx context.Context, keep func(Entry) bool) (repaired []string, err error) {
 	names, err := os.ReadDir(d.path)
-	if errors.Is(err, fs.ErrNotExist) || err == nil && (len(names) == 0 || len(names) == 1 && names[0].Name() == lockFile) {
+	if isAbsent(err) || err == nil && (len(names) == 0 || len(names) == 1 && names[0].Name() == lockFile) {
 		return nil, nil
 	}
 	f, err := d.open()
@@ -250,7 +254,7 @@ func (d Dir) Cleanup(ctx context.Context) error {
 
 // Entries returns the entries of all pods that may run.
 func (d Dir) Entries() ([]Entry, error) {
-	if _, err := os.Lstat(d.path); errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Lstat(d.path); isAbsent(err) {
 		return nil, nil
 	}
 	f, err := d.open()

@@ -139,7 +139,7 @@ func (f *files) write(name string, b []byte) error {
 
 // remove deletes a file, if there is one.
 func (f *files) remove(name string) error {
-	if err := os.Remove(filepath.Join(f.path, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := os.Remove(filepath.Join(f.path, name)); err != nil && !isAbsent(err) {
 		return fmt.Errorf("delete record of host ports: %w", err)
 	}
 	return nil
@@ -163,6 +163,11 @@ func (f *files) mark(tool overlay.Tool) error {
 		return f.remove(toolFile)
 	}
 	return f.write(toolFile, []byte(tool))
+}
+
+// isAbsent reports that there is no such file, or no directory that it could be in.
+func isAbsent(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR)
 }
 
 // links asks the kernel which links there are, in the network namespace of the

@@ -241,7 +241,7 @@ func flannelErrors() []failure {
 		{
 			name: "flannel: bad value", verbs: "ADD CHECK STATUS DEL GC", code: bad,
 			call:  flannel(subnetEnv, func(_ *host, c call) call { return c.with("delegate", 7) }),
-			words: []string{"flannel's network configuration", "delegate", "must be an object"},
+			words: []string{"flannel's network configuration: delegate: ", "must be an object"},
 		},
 		{
 			name: "flannel: relative path", verbs: "ADD CHECK STATUS DEL GC", code: bad,
@@ -258,7 +258,7 @@ func flannelErrors() []failure {
 		},
 		{
 			name: "flannel: delegate's value", verbs: every, code: bad, call: flannel(subnetEnv, delegate("hairpinMode", "yes")),
-			words: []string{"flannel's network configuration: delegate", "hairpinMode"},
+			words: []string{"flannel's network configuration: delegate", "hairpinMode: ", "must be true or false"},
 		},
 		{
 			name: "flannel: subnet.env missing", verbs: "ADD CHECK", code: types.ErrTryAgainLater,

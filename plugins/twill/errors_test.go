@@ -114,6 +114,11 @@ func (f failure) try(t *testing.T, r *errorRuns, step int) (missed int) {
 	if got := p.links(); got != links {
 		t.Errorf("links in the pod: %s, before %s", got, links)
 	}
+	// The runtime cleans up after a failed ADD with what it has.
+	c.verb = "DEL"
+	if _, err := h.run(c); err != nil && !slices.Contains(verbs, c.verb) && f.code != types.ErrInvalidEnvironmentVariables {
+		t.Errorf("DEL after it: %v", err)
+	}
 	return 0
 }
 

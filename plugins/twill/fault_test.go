@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"strings"
 	"testing"
 	"time"
 
@@ -16,94 +15,6 @@ import (
 
 	"github.com/twill-net/twill/pkg/pod"
 )
-
-// Every error has the specification's code and says what to do; nothing is left.
-func TestAddErrors(t *testing.T) {
-	tooFew := dualStack
-	tooFew.Subnets = []netip.Prefix{netip.MustParsePrefix("198.18.1.0/30")}
-	for _, tt := range []struct {
-		name  string
-		call  func(h *host, p *namespace) call
-		code  uint
-		words []string
-	}{
-		{"namespace missing", func(*host, *namespace) call { return call{verb: "ADD", id: "c", netns: "/run/netns/gone"} }, 3, []string{"/run/netns/gone does not exist"}},
-		{"namespace not given", func(*host, *namespace) call { return call{verb: "ADD", id: "c"} }, 4, []string{"CNI_NETNS"}},
-		{"no namespace", func(h *host, _ *namespace) call {
-			return call{verb: "ADD", id: "c", netns: h.conf["handoffFile"].(string)}
-		}, 8, []string{"is not a network namespace"}},
-		{"host's namespace", func(h *host, _ *namespace) call { return add("c", h.namespace) }, 8, []string{"host's own network namespace"}},
-		{"name taken", func(_ *host, p *namespace) call {
-			if err := p.nl.LinkAdd(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "eth0"}}); err != nil {
-				p.t.Fatal(err)
-			}
-			return add("c", p)
-		}, 4, []string{"CNI_IFNAME", "has a link eth0 already"}},
-		{"lo", func(_ *host, p *namespace) call { c := add("c", p); c.ifname = "lo"; return c }, 4, []string{"has a link lo already"}},
-		{"no hand-off", func(h *host, p *namespace) call {
-			if err := os.Remove(h.conf["handoffFile"].(string)); err != nil {
-				p.t.Fatal(err)
-			}
-			return add("c", p)
-		}, 11, []string{"twilld has not finished its first pass on this node", "netctl status"}},
-		{"hand-off of the future", func(h *host, p *namespace) call {
-			if err := os.WriteFile(h.conf["handoffFile"].(string), []byte(`{"version":2}`), 0o644); err != nil {
-				p.t.Fatal(err)
-			}
-			return add("c", p)
-		}, 6, []string{"version 2", "of one release"}},
-		{"range exhausted", func(h *host, p *namespace) call {
-			h.handoff(tooFew)
-			h.attach(add("only", newNamespace(p.t)))
-			return add("c", p)
-		}, 11, []string{"no free address in 198.18.1.0/30", "1 in use", "/networks/cbr0", "GC"}},
-		{"bad value", func(_ *host, p *namespace) call { return add("c", p).with("mtu", "big") }, 7, []string{`mtu: "big": must be`}},
-		{"MTU too small for IPv6", func(_ *host, p *namespace) call { return add("c", p).with("mtu", 1000) }, 7, []string{"mtu: 1000: must be at least 1280"}},
-		{"unknown argument", func(_ *host, p *namespace) call {
-			c := add("c", p)
-			c.env = []string{"CNI_ARGS=COLOUR=red"}
-			return c
-		}, 4, []string{"unknown key COLOUR"}},
-		{"data directory is a file", func(h *host, p *namespace) call { return add("c", p).with("dataDir", h.conf["handoffFile"]) }, 5, []string{"not a directory"}},
-		{"cni0 is no bridge", func(h *host, p *namespace) call {
-			if err := h.nl.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "cni0"}, PeerName: "peer"}); err != nil {
-				p.t.Fatal(err)
-			}
-			return add("c", p)
-		}, pod.ErrBridge, []string{"link cni0 is a veth, not a bridge"}},
-		{
-			"somebody else's cni0", func(h *host, p *namespace) call { bridgeWith(h, "192.0.2.1/24"); return add("c", p) }, pod.ErrBridge,
-			[]string{`"cni0" already has an IP address different from this node's`, "192.0.2.1/24", "rename it"},
-		},
-		{"somebody else's cni0, IPv6", func(h *host, p *namespace) call { bridgeWith(h, "fd00:7::1/64"); return add("c", p) }, pod.ErrBridge, []string{"it has fd00:7::1/64"}},
-		// The last step of all that can fail, with everything made.
-		{"route that the kernel refuses", func(_ *host, p *namespace) call {
-			return add("c", p).with("routes", []any{map[string]any{"dst": "203.0.113.0/24", "gw": "192.0.2.1"}})
-		}, 5, []string{"add route 203.0.113.0/24 via 192.0.2.1"}},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			h, p := newHost(t), newNamespace(t)
-			c := tt.call(h, p)
-			before, links := fmt.Sprint(h.traces()), p.links()
-			h.fails(c, tt.code, tt.words...)
-			if after := fmt.Sprint(h.traces()); after != before {
-				t.Errorf("traces %s, before %s", after, before)
-			}
-			if got := p.links(); got != links {
-				t.Errorf("links in the pod: %s, before %s", got, links)
-			}
-			// The runtime cleans up after a failed ADD with what it has.
-			c.verb = "DEL"
-			if _, err := h.run(c); err != nil && tt.name != "host's namespace" {
-				t.Errorf("DEL after it: %v", err)
-			}
-			if got := p.links(); !strings.HasPrefix(got, "lo") || strings.Contains(links, "eth0") != strings.Contains(got, "eth0") {
-				t.Errorf("links after DEL: %s", got)
-			}
-		})
-	}
-}
 
 func bridgeWith(h *host, addr string) {
 	h.t.Helper()

@@ -1,12 +1,19 @@
 package pod
 
 import (
+	"context"
 	"fmt"
 
 	"github.com/vishvananda/netlink"
 
 	"github.com/twill-net/twill/pkg/overlay"
 )
+
+// CloseHostPorts removes the rules of the node's host ports, of whatever tool. The
+// records stay: a daemon that starts again opens the ports of pods that still run.
+func CloseHostPorts(ctx context.Context, dataDir string) error {
+	return (&Config{DataDir: dataDir}).portmap().Cleanup(ctx)
+}
 
 // RemoveIdleBridge deletes the bridge if it is Twill's and no pod hangs on it. It
 // returns how many do; removed says that it was there and is gone.

@@ -234,13 +234,16 @@ func Eventually(ctx context.Context, ok func() bool) error {
 const NetConf = `{"cniVersion": "1.1.0", "name": "twill", "type": "twill"}`
 
 // AddPod makes a pod and has the CNI plugin wire it.
-func (n *Node) AddPod(name string) (*Pod, error) {
+func (n *Node) AddPod(name string) (*Pod, error) { return n.AddPodWith(name, NetConf) }
+
+// AddPodWith makes a pod by another network configuration.
+func (n *Node) AddPodWith(name, netconf string) (*Pod, error) {
 	ns, err := n.NewPodNS(name)
 	if err != nil {
 		return nil, err
 	}
 	p := &Pod{NS: ns, Node: n, ID: n.Name + "-" + name}
-	out, err := p.CNI("ADD", NetConf)
+	out, err := p.CNI("ADD", netconf)
 	if err != nil {
 		return nil, err
 	}

@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -49,20 +48,20 @@ func newCNINode(h *nettest.Host, calls int) (*cniNode, error) {
 	return n, nil
 }
 
-// addWorker starts a thread in the host's network and mount namespace. It ends
-// with its goroutine.
+// addWorker starts a thread in the host's network and mount namespace.
 func (n *cniNode) addWorker() error {
 	entered := make(chan error, 1)
 	n.workers.Go(func() {
-		runtime.LockOSThread()
-		err := n.enter()
-		entered <- err
-		if err != nil {
-			return
-		}
-		for f := range n.work {
-			f()
-		}
+		_ = onOwnThread(func() error { // told by entered
+			err := n.enter()
+			entered <- err
+			if err == nil {
+				for f := range n.work {
+					f()
+				}
+			}
+			return err
+		})
 	})
 	if err := <-entered; err != nil {
 		return fmt.Errorf("enter %s: %w", n.Name, err)

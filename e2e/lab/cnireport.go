@@ -257,7 +257,7 @@ func (r cniRates) dels() string { return fmt.Sprintf("%.0f / %.1f", r.DelsPerSec
 func readNeighbours() (int64, error) {
 	var full int64
 	for _, table := range []string{"arp_cache", "ndisc_cache"} {
-		b, err := os.ReadFile("/proc/net/stat/" + table)
+		b, err := os.ReadFile("/proc/thread-self/net/stat/" + table)
 		if err != nil {
 			return 0, err
 		}

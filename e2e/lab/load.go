@@ -62,7 +62,14 @@ func (r road) measure(s seats) (got speed, err error) {
 func onOwnThread(f func() error) error {
 	errs := make(chan error, 1)
 	go func() {
-		runtime.LockOSThread()
+		runtime.LockOSThread() // not unlocked: the thread ends with the goroutine
+		if unix.Gettid() == unix.Getpid() {
+			// The main thread never ends, and /proc/self is its. Hold it, so
+			// that f gets another.
+			errs <- onOwnThread(f)
+			runtime.UnlockOSThread()
+			return
+		}
 		errs <- f()
 	}()
 	return <-errs

@@ -10,6 +10,7 @@ import (
 	"github.com/containernetworking/cni/pkg/skel"
 	"github.com/containernetworking/cni/pkg/types"
 	types100 "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/containernetworking/cni/pkg/version"
 	"github.com/vishvananda/netlink"
 
 	"github.com/twill-net/twill/pkg/ipam"
@@ -96,6 +97,9 @@ func (w *wiring) add(at attachment) (err error) {
 
 // print tells the runtime. What it is not told of, it will not use.
 func (w *wiring) print(res *types100.Result) error {
+	if newer, err := version.GreaterThanOrEqualTo(w.CNIVersion, "1.1.0"); err == nil && !newer {
+		dropNewKeys(res)
+	}
 	out, err := res.GetAsVersion(w.CNIVersion)
 	if err != nil {
 		return fail(types.ErrIncompatibleCNIVersion, "convert result to version %s: %v", w.CNIVersion, err)
@@ -104,6 +108,17 @@ func (w *wiring) print(res *types100.Result) error {
 		return ioFail("print the result", err)
 	}
 	return nil
+}
+
+// dropNewKeys takes out what results have since version 1.1.0. The library leaves it
+// in.
+func dropNewKeys(res *types100.Result) {
+	for _, i := range res.Interfaces {
+		i.Mtu = 0
+	}
+	for i, r := range res.Routes {
+		res.Routes[i] = &types.Route{Dst: r.Dst, GW: r.GW}
+	}
 }
 
 // makeWay returns an error if the attachment exists, or either end's name is taken,
@@ -239,10 +254,24 @@ func (w *wiring) wire(at attachment, s *sandbox, h *netlink.Handle, addrs []ipam
 		}
 		links = append(links, up)
 	}
+	if w.Mode == Routed {
+		if err := w.answerForRouted(h, plain(podEnd.addrs)); err != nil {
+			return nil, err
+		}
+	}
 	if err := w.introduce(h, s, links, podEnd.addrs); err != nil {
 		return nil, ioFail("announce the pod", err)
 	}
 	return w.result(at, links, addrs), nil
+}
+
+// plain are addresses without their lengths.
+func plain(list []netip.Prefix) []netip.Addr {
+	var out []netip.Addr
+	for _, p := range list {
+		out = append(out, p.Addr())
+	}
+	return out
 }
 
 func (w *wiring) shape(at attachment, h *netlink.Handle, outer netlink.Link) error {

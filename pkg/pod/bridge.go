@@ -37,6 +37,9 @@ func (w *wiring) ensureBridge(h *netlink.Handle) (netlink.Link, error) {
 		if err := w.configureBridge(h, br); err != nil {
 			return nil, ioFail("set up bridge "+w.Bridge, err)
 		}
+		if err := w.answerForAllRouted(h, br); err != nil {
+			return nil, ioFail("set up bridge "+w.Bridge, err)
+		}
 	}
 	for _, gw := range addrs.missing {
 		if err := addAddress(host(h), br, gw); err != nil {

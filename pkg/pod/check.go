@@ -83,7 +83,7 @@ func (k *checker) given(pick func(*types100.Interface) bool) types100.Interface 
 // ends compares both ends of the veth with what ADD would make for the addresses
 // and routes of its result, which says the names and MACs that the kernel chose.
 func (k *checker) ends() {
-	l := lease{routes: k.PrevResult.Routes}
+	l := lease{routes: k.routesGiven()}
 	for _, ip := range k.PrevResult.IPs {
 		l.addrs = append(l.addrs, ipam.Address{Prefix: prefixOf(ip.Address)})
 	}
@@ -106,6 +106,20 @@ func (k *checker) ends() {
 			k.differs("%s", d)
 		}
 	}
+}
+
+// routesGiven are the routes of the result. Before version 1.1 it says no more than
+// where they lead: what else a route has, the configuration says.
+func (k *checker) routesGiven() []*types.Route {
+	var out []*types.Route
+	for _, r := range k.PrevResult.Routes {
+		own := slices.IndexFunc(k.routes, func(c *types.Route) bool { return c.Dst.String() == r.Dst.String() && c.GW.Equal(r.GW) })
+		if own >= 0 {
+			r = k.routes[own]
+		}
+		out = append(out, r)
+	}
+	return out
 }
 
 // asGiven takes what the result says of an interface. Before version 1.1 it has no

@@ -161,6 +161,12 @@ func (c *Config) deleteHostRoutes(h *netlink.Handle, rec Record) error {
 		if err := h.RouteDel(r); err != nil && !errors.Is(err, unix.ESRCH) {
 			return ioFail("delete route "+r.Dst.String(), err)
 		}
+		if rec.Bridge != "" || rec.Network == "" {
+			continue // a bridged pod answers for itself
+		}
+		if err := c.stopAnswering(h, a); err != nil {
+			return err
+		}
 	}
 	return nil
 }

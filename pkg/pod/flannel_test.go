@@ -115,7 +115,7 @@ func TestFlannelRefusals(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, c := range []struct{ stdin, words string }{
-		{`{`, "decode"},
+		{`{`, "unexpected end of JSON input"},
 		{`{"name":5}`, "name"},
 		{`{"delegate":7}`, "delegate"},
 		{`{"subnetFile":"subnet.env"}`, `subnetFile: "subnet.env": must be an absolute path`},

@@ -83,6 +83,7 @@ func (n *node) everywhere(p string, web, other *pod) {
 func TestRoutedPods(t *testing.T) {
 	eachFlavour(t, func(t *testing.T, f flavour) {
 		n := newNode(t, f)
+		n.sh(n.host, "ip route add default via "+clientAddr) // proxy ARP answers for what has a route elsewhere
 		web, other := n.routedPod(1), n.routedPod(2)
 		n.serve(web, 80)
 		e := web.entry(tcp(8080, 80), Mapping{HostPort: 8080, ContainerPort: 80, Protocol: "udp"})

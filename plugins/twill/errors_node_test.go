@@ -7,7 +7,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/containernetworking/cni/pkg/types"
 	"github.com/vishvananda/netlink"
@@ -41,13 +40,6 @@ func after(c func(*host, *namespace) call, do func(h *host, p *namespace) error)
 		}
 		return c(h, p)
 	}
-}
-
-func (h *host) file(name string) string { return filepath.Join(h.dir, name) }
-
-// write makes a file, and the directories above it.
-func (h *host) write(name, text string) error {
-	return errors.Join(os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, []byte(text), 0o644))
 }
 
 func (h *host) handoffFile() string { return h.conf["handoffFile"].(string) }
@@ -208,18 +200,6 @@ func exhaust(h *host, _ *namespace) error {
 	h.handoff(small)
 	h.attach(add("only", newNamespace(h.t)))
 	return nil
-}
-
-// subnetEnv is what flanneld leaves for this node.
-var subnetEnv = strings.Join([]string{
-	"FLANNEL_NETWORK=198.18.0.0/16", "FLANNEL_SUBNET=198.18.1.1/24", "FLANNEL_IPV6_NETWORK=fd00:18::/48", "FLANNEL_IPV6_SUBNET=fd00:18:0:1::1/64",
-	"FLANNEL_MTU=1450", "FLANNEL_IPMASQ=true", "",
-}, "\n")
-
-// asFlannel gives the call a configuration of flannel's plugin.
-func (h *host) asFlannel(c call) call {
-	return c.with("type", "flannel").with("handoffFile", nil).with("subnetFile", h.file("run/subnet.env")).
-		with("dataDir", h.file("scratch")).with("ipam", map[string]any{"dataDir": h.conf["dataDir"]})
 }
 
 // flannelErrors are those of a configuration of flannel's plugin.

@@ -91,3 +91,31 @@ func (n *namespace) hasLink(name string) bool {
 	_, err := n.nl.LinkByName(name)
 	return err == nil
 }
+
+// A node has pods of both kinds while it changes from one to the other, in whatever
+// order they came.
+func TestMixedModes(t *testing.T) {
+	h := newHost(t)
+	h.forwards()
+	results, pods := map[string][]netip.Addr{}, map[string]*namespace{}
+	for _, p := range []struct{ id, mode string }{{"r1", "routed"}, {"b1", "bridged"}, {"r2", "routed"}, {"b2", "bridged"}} {
+		pods[p.id] = newNamespace(t)
+		res := h.attach(add(p.id, pods[p.id]).with("mode", p.mode))
+		results[p.id] = []netip.Addr{addrOf(res, 0), addrOf(res, 1)}
+	}
+	for from, ns := range pods {
+		for to, addrs := range results {
+			if from != to {
+				mustPing(t, ns, addrs[0], 100)
+				mustPing(t, ns, addrs[1], 100)
+			}
+		}
+	}
+	for id := range pods {
+		h.must(call{verb: "DEL", id: id})
+	}
+	proxies, err := h.nl.NeighProxyList(0, netlink.FAMILY_V6)
+	if err != nil || len(proxies) > 0 {
+		t.Errorf("proxy entries left: %v, %v", proxies, err)
+	}
+}

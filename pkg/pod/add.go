@@ -210,13 +210,10 @@ func allocateError(at attachment, err error) error {
 // wire makes links, addresses, routes and rules. It returns when packets flow.
 func (w *wiring) wire(at attachment, s *sandbox, h *netlink.Handle, addrs []ipam.Address) (*types100.Result, error) {
 	hostEnd, podEnd := w.ends(at, lease{addrs: addrs, routes: w.routes, mtu: w.mtu})
-	var links []netlink.Link
 	if w.Mode == Bridged {
-		br, err := w.ensureBridge(h)
-		if err != nil {
+		if err := w.ensureBridge(h); err != nil {
 			return nil, err
 		}
-		links = append(links, br)
 	}
 	outer, err := makeVeth(at, h, s, hostEnd, podEnd)
 	if err != nil {
@@ -244,15 +241,9 @@ func (w *wiring) wire(at attachment, s *sandbox, h *netlink.Handle, addrs []ipam
 	if err := w.openPorts(at, addrs, hostEnd.name); err != nil {
 		return nil, err
 	}
-	for _, l := range []struct {
-		p place
-		l netlink.Link
-	}{{host(h), outer}, {s.place(), inner}} {
-		up, err := awaitUp(l.p.nl, l.l.Attrs().Index)
-		if err != nil {
-			return nil, ioFail("set the pod's links up", err)
-		}
-		links = append(links, up)
+	links, err := w.read(h, s, outer, inner)
+	if err != nil {
+		return nil, err
 	}
 	if w.Mode == Routed {
 		if err := w.answerForRouted(h, plain(podEnd.addrs)); err != nil {
@@ -263,6 +254,30 @@ func (w *wiring) wire(at attachment, s *sandbox, h *netlink.Handle, addrs []ipam
 		return nil, ioFail("announce the pod", err)
 	}
 	return w.result(at, links, addrs), nil
+}
+
+// read returns the links as they are in the end: the bridge, if there is one, has taken
+// its first port's MTU; the pod's ends are up. The pod's own is the last.
+func (w *wiring) read(h *netlink.Handle, s *sandbox, outer, inner netlink.Link) ([]netlink.Link, error) {
+	var links []netlink.Link
+	if w.Mode == Bridged {
+		br, err := h.LinkByName(w.Bridge)
+		if err != nil {
+			return nil, ioFail("look up bridge "+w.Bridge, err)
+		}
+		links = append(links, br)
+	}
+	for _, l := range []struct {
+		nl   *netlink.Handle
+		link netlink.Link
+	}{{h, outer}, {s.nl, inner}} {
+		up, err := awaitUp(l.nl, l.link.Attrs().Index)
+		if err != nil {
+			return nil, ioFail("set the pod's links up", err)
+		}
+		links = append(links, up)
+	}
+	return links, nil
 }
 
 // plain are addresses without their lengths.
@@ -293,6 +308,12 @@ func (w *wiring) portEntryOf(at attachment, addrs []netip.Addr) (portmap.Entry, 
 	e := portmap.Entry{
 		Attachment: w.portEntry(at.Owner), Holder: at.String(), HostLink: at.hostLink(), Addrs: addrs,
 		Mappings: w.Ports, Local: w.subnets,
+	}
+	if w.Mode == Routed { // all but the pod itself come from elsewhere, and go back there
+		e.Local = nil
+		for _, a := range addrs {
+			e.Local = append(e.Local, fullLength(a))
+		}
 	}
 	if w.IPMasq {
 		e.Masquerade = w.networks

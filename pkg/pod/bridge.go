@@ -15,46 +15,45 @@ import (
 	"github.com/twill-net/twill/pkg/overlay"
 )
 
-// ensureBridge returns the bridge with the node's gateway addresses, made if need
-// be. Concurrent calls and a call that died half-way are no matter: each step
+// ensureBridge sees to it that there is the bridge with the node's gateway addresses. Concurrent calls and a call that died half-way are no matter: each step
 // is taken when it is found missing. A bridge that flannel left is used as it is.
-func (w *wiring) ensureBridge(h *netlink.Handle) (netlink.Link, error) {
+func (w *wiring) ensureBridge(h *netlink.Handle) error {
 	br, err := h.LinkByName(w.Bridge)
 	if isNotFound(err) {
 		br, err = w.makeBridge(h)
 	}
 	if err != nil {
-		return nil, ioFail("look up bridge "+w.Bridge, err)
+		return ioFail("look up bridge "+w.Bridge, err)
 	}
 	if err := w.checkBridge(br); err != nil {
-		return nil, err
+		return err
 	}
 	addrs, err := w.readBridge(br)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if br.Attrs().Flags&net.FlagUp == 0 {
 		if err := w.configureBridge(h, br); err != nil {
-			return nil, ioFail("set up bridge "+w.Bridge, err)
+			return ioFail("set up bridge "+w.Bridge, err)
 		}
 		if err := w.answerForAllRouted(h, br); err != nil {
-			return nil, ioFail("set up bridge "+w.Bridge, err)
+			return ioFail("set up bridge "+w.Bridge, err)
 		}
 	}
 	for _, gw := range addrs.missing {
 		if err := addAddress(host(h), br, gw); err != nil {
-			return nil, ioFail("add gateway to bridge "+w.Bridge, err)
+			return ioFail("add gateway to bridge "+w.Bridge, err)
 		}
 	}
 	if err := w.renumber(h, br, addrs.old); err != nil {
-		return nil, ioFail("renumber bridge "+w.Bridge, err)
+		return ioFail("renumber bridge "+w.Bridge, err)
 	}
 	if w.Promisc && br.Attrs().Promisc == 0 {
 		if err := h.SetPromiscOn(br); err != nil {
-			return nil, ioFail("set promiscuous mode of bridge "+w.Bridge, err)
+			return ioFail("set promiscuous mode of bridge "+w.Bridge, err)
 		}
 	}
-	return br, nil
+	return nil
 }
 
 // bridgeMAC follows from the node's subnets, so that neither ports that come and

@@ -33,6 +33,12 @@ func addFaults() []failure {
 		h.handoff(moved)
 		return nil
 	})
+	other := func(mode string, c func(*host, *namespace) call) func(*host, *namespace) call {
+		return after(c, func(h *host, _ *namespace) error {
+			h.attach(add("other", newNamespace(h.t)).with("mode", mode))
+			return nil
+		})
+	}
 	const noBuffers, noSpace, noMemory = ": no buffer space available", ": no space left on device", ": cannot allocate memory"
 	return []failure{
 		{name: "host's namespace", at: `^openat /proc/thread-self/ns/net`, call: addPod, words: []string{"open the host's network namespace: too many open files in system"}},
@@ -46,6 +52,8 @@ func addFaults() []failure {
 		{name: "make bridge", at: `^sendto RTM_NEWLINK bridge cni0`, call: addPod, words: []string{"bridge cni0: make it" + noBuffers}},
 		{name: "bridge's addresses", at: `^sendto RTM_GETADDR link`, call: addPod, words: []string{"list addresses of bridge cni0" + noBuffers}},
 		{name: "bridge's alias", at: `^sendto RTM_SETLINK link \d+ alias twill$`, call: addPod, words: []string{"set up bridge cni0: set alias" + noBuffers}},
+		{name: "routed pods of before", at: `^sendto RTM_NEWNEIGH`, call: other("routed", addPod), words: []string{"set up bridge cni0: add proxy neighbour fd00:18:0:1::2 dev cni0" + noBuffers}},
+		{name: "bridge of others", at: `^sendto RTM_NEWNEIGH link \d+ fd00:`, call: other("bridged", routed), words: []string{"answer for the pod on bridge cni0: add proxy neighbour fd00:18:0:1::3 dev cni0" + noBuffers}},
 		{name: "gateway", at: `^sendto RTM_NEWADDR link \d+ 198.18.1.1$`, call: addPod, words: []string{"add gateway to bridge cni0: add address 198.18.1.1/24 to cni0" + noBuffers}},
 		{name: "renumber", at: `^sendto RTM_NEWROUTE 198.18.1.2/32`, call: renumbered, words: []string{"renumber bridge cni0: add route 198.18.1.2/32 dev cni0" + noBuffers}},
 		{name: "bridge promiscuous", at: `^sendto RTM_SETLINK link \d+$`, call: with("promiscMode", true), words: []string{"set promiscuous mode of bridge cni0" + noBuffers}},
@@ -91,6 +99,7 @@ func otherFaults() []failure {
 		{name: "DEL, link", at: `^sendto RTM_GETLINK veth`, call: here, words: []string{"look up link veth", noBuffers}},
 		{name: "DEL, link's deletion", at: `^sendto RTM_DELLINK`, call: here, words: []string{"delete link veth", noBuffers}},
 		{name: "DEL, host's route", at: `^sendto RTM_DELROUTE`, call: here, words: []string{"delete route 198.18.1.2/32" + noBuffers}},
+		{name: "DEL, bridge's answer", at: `^sendto RTM_DELNEIGH`, call: here, words: []string{"delete proxy neighbour fd00:18:0:1::2" + noBuffers}},
 		{name: "DEL, reservation", at: `^unlink .*/cbr0/198.18.1.2`, call: here, words: []string{"release the addresses of " + gone + "release 198.18.1.2: remove ", eio}},
 		{name: "DEL, record", at: `^unlink .*/attachments/cbr0/c:eth0`, call: here, words: []string{"detach " + gone + "remove record of the attachment: ", "c:eth0" + eio}},
 		{name: "DEL, scratch file", at: `^unlink .*/scratch/c$`, call: scratched, words: []string{"detach " + gone + "remove scratch file: ", "scratch/c" + eio}},

@@ -12,7 +12,7 @@ import (
 func (w *walk) adds() {
 	w.must(w.attached()) // the second is like all that follow
 	w.reset()
-	c := w.add(w.id(), w.pod)
+	c := w.add(w.pod)
 	clean := w.trace(c, faults.Fault{})
 	if clean.ExitCode != 0 {
 		w.t.Fatalf("ADD: %s%s", clean.Stdout, clean.Stderr)
@@ -24,7 +24,7 @@ func (w *walk) adds() {
 
 func (w *walk) tryAdd(f faults.Fault) bool {
 	w.reset()
-	c := w.add(w.id(), w.pod)
+	c := w.add(w.pod)
 	out := w.trace(c, f)
 	if out.Hit == nil {
 		w.must(w.del(c, out.Stdout))
@@ -88,9 +88,9 @@ func (w *walk) afterKilledAdd(c call, f faults.Fault, out *faults.Outcome) {
 		w.mustLeaveNothing(f, out, w.del(c, nil))
 		return
 	}
-	pod := newNamespace(w.t)
-	defer pod.close()
-	next := w.add(w.id(), pod).with("runtimeConfig", w.sc.again)
+	pod := w.newPod()
+	defer pod.remove()
+	next := w.add(pod).with("runtimeConfig", w.sc.again)
 	result, err := w.run(next)
 	if err != nil {
 		w.wrong(f, out, "ADD of another pod: %v", err)

@@ -21,7 +21,7 @@ func (w *walk) dels() {
 
 // attached is the DEL of a pod that was just attached.
 func (w *walk) attached() call {
-	c := w.add(w.id(), w.pod)
+	c := w.add(w.pod)
 	out := w.must(c)
 	w.ips = nil
 	for _, ip := range w.result(c, out).IPs {
@@ -76,9 +76,9 @@ func (w *walk) afterKilledDel(c call, f faults.Fault, out *faults.Outcome) {
 		w.mustLeaveNothing(f, out, c)
 		return
 	}
-	pod := newNamespace(w.t)
-	defer pod.close()
-	next := w.add(w.id(), pod).with("runtimeConfig", w.same())
+	pod := w.newPod()
+	defer pod.remove()
+	next := w.add(pod).with("runtimeConfig", w.same())
 	result, err := w.run(next)
 	if err != nil { // not all is free
 		w.counts["successors refused"]++

@@ -15,6 +15,9 @@ type scenario struct {
 	// gone: DEL, which alone is walked, is called when the namespace is gone, and
 	// without the result of ADD.
 	gone bool
+	// from: only what follows the first step with these words is walked. What is
+	// before is so in other scenarios.
+	from string
 	// flannel: the configuration is flannel's, with a subnet.env.
 	flannel bool
 	// rests: what is kept of a released address may stay.
@@ -37,9 +40,9 @@ func scenarios() []scenario {
 		{name: "bridged, first pod"},
 		{name: "bridged, namespace gone", warm: true, gone: true},
 		{name: "routed", conf: map[string]any{"mode": "routed"}},
-		{name: "bandwidth", run: limits, again: limits, neighbour: limits, warm: true},
-		{name: "host ports by nftables", conf: map[string]any{"firewall": "nftables"}, run: mine, again: again, neighbour: neighbour, warm: true},
-		{name: "host ports by iptables", conf: map[string]any{"firewall": "iptables", "mode": "routed"}, run: mine, again: again, neighbour: neighbour},
+		{name: "bandwidth", run: limits, again: limits, neighbour: limits, from: "ifb", warm: true},
+		{name: "host ports by nftables", conf: map[string]any{"firewall": "nftables"}, run: mine, again: again, neighbour: neighbour, from: "/.twill/ports", warm: true},
+		{name: "host ports by iptables", conf: map[string]any{"firewall": "iptables", "mode": "routed"}, run: mine, again: again, neighbour: neighbour, from: "/.twill/ports"},
 		{name: "sticky address, cool-down", conf: map[string]any{"ipam": map[string]any{"sticky": true, "coolDown": "10s"}}, warm: true, rests: true},
 		{name: "flannel's configuration", flannel: true, conf: map[string]any{
 			"type": "flannel", "delegate": map[string]any{"hairpinMode": true, "isDefaultGateway": true}, "handoffFile": nil,

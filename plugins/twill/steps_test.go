@@ -47,10 +47,12 @@ func TestFaultAtEveryStep(t *testing.T) {
 type walk struct {
 	*host
 	sc     scenario
-	pod    *namespace
+	pods   string // where the namespaces are
+	pod    *podNS
 	before state    // of the node and an empty pod
 	ips    []string // of the last pod
-	ids    int
+	ids    int      // of containers
+	made   int      // namespaces
 	counts map[string]int
 }
 
@@ -62,7 +64,8 @@ func newWalk(t *testing.T, sc scenario) *walk {
 
 // fresh makes a new node: the first, and another when a fault has spoiled it.
 func (w *walk) fresh(t testing.TB) {
-	w.host, w.pod = newHost(t), newNamespace(t)
+	w.host, w.pods = newHost(t), t.TempDir()
+	w.pod = w.newPod()
 	for k, v := range w.sc.conf {
 		w.conf[k] = v
 	}
@@ -70,7 +73,7 @@ func (w *walk) fresh(t testing.TB) {
 		w.subnetEnv()
 	}
 	if w.sc.warm {
-		neighbour := add("other", newNamespace(t)).with("runtimeConfig", w.sc.neighbour)
+		neighbour := w.newPod().add("other").with("runtimeConfig", w.sc.neighbour)
 		neighbour.env = tools()
 		w.must(neighbour)
 	}
@@ -114,8 +117,9 @@ func (w *walk) settled() state {
 }
 
 // add attaches the scenario's pod, whose containers come and go.
-func (w *walk) add(id string, ns *namespace) call {
-	c := add(id, ns).with("runtimeConfig", w.sc.run)
+func (w *walk) add(p *podNS) call {
+	w.ids++
+	c := p.add(fmt.Sprint("c", w.ids)).with("runtimeConfig", w.sc.run)
 	c.env = append(tools(), "CNI_ARGS=IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web")
 	return c
 }
@@ -123,9 +127,29 @@ func (w *walk) add(id string, ns *namespace) call {
 // tools is where the helpers of the plugin are.
 func tools() []string { return []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"} }
 
-func (w *walk) id() string {
-	w.ids++
-	return fmt.Sprint("c", w.ids)
+// podNS is a pod's namespace at a path that goes with it.
+type podNS struct {
+	*namespace
+	path string
+}
+
+func (w *walk) newPod() *podNS {
+	w.t.Helper()
+	w.made++
+	p := &podNS{newNamespace(w.t), filepath.Join(w.pods, fmt.Sprint(w.made))}
+	if err := os.Symlink(p.namespace.path(), p.path); err != nil {
+		w.t.Fatal(err)
+	}
+	return p
+}
+
+func (p *podNS) add(id string) call { return call{verb: "ADD", id: id, netns: p.path} }
+
+func (p *podNS) remove() {
+	if err := os.Remove(p.path); err != nil {
+		p.t.Fatal(err)
+	}
+	p.close()
 }
 
 // trace runs the plugin with a fault.
@@ -144,16 +168,27 @@ func (w *walk) trace(c call, f faults.Fault) *faults.Outcome {
 // steps calls try with each kind of fault at each step, until there are no more. A
 // run may have some steps less than another: try reports whether the fault was met.
 func (w *walk) steps(clean *faults.Outcome, try func(faults.Fault) bool) {
-	for _, s := range clean.Steps {
+	known := len(clean.Steps)
+	first := 1 + slices.IndexFunc(clean.Steps, func(s faults.Step) bool { return strings.Contains(s.Call, w.sc.from) })
+	if first == 0 {
+		w.t.Fatalf("no step has %s in it", w.sc.from)
+	}
+	for _, s := range clean.Steps[first-1:] {
 		w.t.Log(strings.ReplaceAll(s.String(), w.dir, ""))
 	}
-	known := len(clean.Steps)
-	for step, more := 1, true; step <= known || more; step++ {
-		for _, kind := range []faults.Kind{faults.Fail, faults.KillBefore, faults.KillAfter} {
-			if kind != faults.Fail && step <= known && !clean.Steps[step-1].Changes {
-				continue // nothing has happened since the kill after the last one that changed something
+	changed := false
+	for step, more := first, true; step <= known || more; step++ {
+		kinds := []faults.Kind{faults.Fail}
+		if step > known || clean.Steps[step-1].Changes {
+			// Before the next one is the same as after this one.
+			if !changed {
+				kinds = append(kinds, faults.KillBefore)
 			}
-			const tries = 5
+			kinds = append(kinds, faults.KillAfter)
+			changed = true
+		}
+		for _, kind := range kinds {
+			const tries = 3
 			more = false
 			for i := 0; !more && (i == 0 || step <= known && i < tries); i++ {
 				more = try(faults.Fault{Kind: kind, Step: step})
@@ -163,9 +198,9 @@ func (w *walk) steps(clean *faults.Outcome, try func(faults.Fault) bool) {
 			}
 		}
 	}
-	w.t.Logf("%d steps; %v", known, w.counts)
-	if w.counts["faults"] < known/2 {
-		w.t.Errorf("%d faults at %d steps", w.counts["faults"], known)
+	w.t.Logf("%d steps; %v", known-first+1, w.counts)
+	if w.counts["faults"] < (known-first)/2 {
+		w.t.Error("most steps were not met again")
 	}
 }
 
@@ -200,8 +235,8 @@ func (w *walk) reset() {
 
 // emptyPod makes the namespace go, and another come.
 func (w *walk) emptyPod() {
-	w.pod.close()
-	w.pod = newNamespace(w.t)
+	w.pod.remove()
+	w.pod = w.newPod()
 }
 
 func (w *walk) del(c call, result []byte) call {

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
-	"regexp"
 	"strconv"
 	"strings"
 )
@@ -68,30 +67,20 @@ type vtepValue struct {
 	VtepMAC string
 }
 
-var keyPattern = regexp.MustCompile(`^(\d+\.\d+\.\d+\.\d+)-(\d+)(?:&([a-f\d:]+)-(\d+))?$`)
-
 // ParseKey reads the last element of a lease's key: "10.5.52.0-24" or, in dual
 // stack, "10.5.52.0-24&fd00:5:0:34::-64".
-func ParseKey(key string) (Subnets, error) {
-	m := keyPattern.FindStringSubmatch(key)
-	if m == nil {
-		return Subnets{}, fmt.Errorf("key %q is not a subnet like 10.5.52.0-24 or 10.5.52.0-24&fd00:5:0:34::-64", key)
-	}
-	v4, err := keyPrefix(m[1], m[2], 31)
-	if err != nil {
+func ParseKey(key string) (n Subnets, err error) {
+	first, second, dual := strings.Cut(key, "&")
+	if n.V4, err = keyPrefix(first, IPv4); err != nil {
 		return Subnets{}, fmt.Errorf("key %q: %w", key, err)
 	}
-	if m[3] == "" {
-		return canonical(key, Subnets{V4: v4})
+	if !dual {
+		return canonical(key, n)
 	}
-	v6, err := keyPrefix(m[3], m[4], 127)
-	if err != nil {
+	if n.V6, err = keyPrefix(second, IPv6); err != nil {
 		return Subnets{}, fmt.Errorf("key %q: %w", key, err)
 	}
-	if v6.Addr().Is4In6() {
-		return Subnets{}, fmt.Errorf("key %q: %s is not an IPv6 subnet", key, v6)
-	}
-	return canonical(key, Subnets{V4: v4, V6: v6})
+	return canonical(key, n)
 }
 
 // canonical refuses the other spellings of a key (leading zeros, an uncompressed
@@ -104,11 +93,13 @@ func canonical(key string, n Subnets) (Subnets, error) {
 	return n, nil
 }
 
-func keyPrefix(addr, bits string, longest int) (netip.Prefix, error) {
+func keyPrefix(text string, f Family) (netip.Prefix, error) {
+	addr, bits, _ := strings.Cut(text, "-")
 	a, err := netip.ParseAddr(addr)
-	if err != nil {
-		return netip.Prefix{}, err
+	if err != nil || a.Is4() != (f == IPv4) || a.Is4In6() {
+		return netip.Prefix{}, fmt.Errorf("%q is not an %s subnet like 10.5.52.0-24 or fd00:5:0:34::-64", text, f)
 	}
+	longest := a.BitLen() - 1
 	n, err := strconv.Atoi(bits)
 	if err != nil || n < 1 || n > longest {
 		return netip.Prefix{}, fmt.Errorf("prefix length %s is not in 1..%d", bits, longest)

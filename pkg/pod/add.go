@@ -84,6 +84,9 @@ func (w *wiring) add(at attachment) (err error) {
 	for _, a := range addrs {
 		rec.Addrs = append(rec.Addrs, a.Prefix.Addr())
 	}
+	if err := rec.write(); err != nil {
+		return ioFail("attach "+at.String(), err)
+	}
 	res, err := w.wire(at, s, h, addrs)
 	if err != nil {
 		return err
@@ -198,7 +201,7 @@ func allocateError(at attachment, err error) error {
 	case errors.As(err, &full):
 		return fail(types.ErrTryAgainLater, "%v; remove pods, or call GC to free what dead ones left", full)
 	case errors.As(err, &taken):
-		return fail(ErrTaken, "%v; ask for another address, or remove that pod first", taken)
+		return fail(ErrTaken, "%v; or remove that pod first", taken)
 	case errors.As(err, &outside):
 		return fail(types.ErrInvalidNetworkConfig, "%v", outside)
 	case errors.As(err, &badRange):

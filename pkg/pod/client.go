@@ -2,11 +2,16 @@ package pod
 
 import (
 	"bufio"
+	"bytes"
+	"errors"
 	"fmt"
+	"io"
 	"net"
 	"path/filepath"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // What the plugin asks of the daemon, a line each, and gets a line for.
@@ -25,32 +30,58 @@ func SocketFor(handoffFile string) string {
 const daemonPatience = 2 * time.Second
 
 func askDaemon(handoffFile, question string) (answer string, err error) {
-	conn, err := dialDaemon(handoffFile)
+	d, err := dialDaemon(handoffFile)
 	if err != nil {
 		return "", err
 	}
-	defer conn.Close()
-	return ask(conn, question)
+	defer d.close()
+	return d.ask(question)
 }
 
-func dialDaemon(handoffFile string) (net.Conn, error) {
-	conn, err := net.DialTimeout("unix", SocketFor(handoffFile), daemonPatience)
+// daemonConn is a blocking socket with a time limit. Package net's dialer would make
+// the plugin larger than all that is here.
+type daemonConn int
+
+func dialDaemon(handoffFile string) (daemonConn, error) {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
-		return nil, fmt.Errorf("call twilld: %w", err)
+		return 0, fmt.Errorf("call twilld: %w", err)
 	}
-	return conn, nil
+	limit := unix.NsecToTimeval(daemonPatience.Nanoseconds())
+	for _, option := range []int{unix.SO_RCVTIMEO, unix.SO_SNDTIMEO} {
+		err = errors.Join(err, unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, option, &limit))
+	}
+	if err == nil {
+		err = unix.Connect(fd, &unix.SockaddrUnix{Name: SocketFor(handoffFile)})
+	}
+	if err != nil {
+		return 0, errors.Join(fmt.Errorf("call twilld: %w", err), unix.Close(fd))
+	}
+	return daemonConn(fd), nil
 }
 
-func ask(conn net.Conn, question string) (string, error) {
-	_ = conn.SetDeadline(time.Now().Add(daemonPatience))
-	if _, err := fmt.Fprintln(conn, question); err != nil {
+func (d daemonConn) close() { unix.Close(int(d)) }
+
+func (d daemonConn) ask(question string) (string, error) {
+	if _, err := unix.Write(int(d), []byte(question+"\n")); err != nil {
 		return "", fmt.Errorf("ask twilld: %w", err)
 	}
-	line, err := bufio.NewReader(conn).ReadString('\n')
-	if err != nil {
-		return "", fmt.Errorf("ask twilld: %w", err)
+	var line []byte
+	part := make([]byte, 4096)
+	for !bytes.HasSuffix(line, []byte("\n")) {
+		n, err := unix.Read(int(d), part)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err == nil && n == 0 {
+			err = io.ErrUnexpectedEOF
+		}
+		if err != nil {
+			return "", fmt.Errorf("ask twilld: %w", err)
+		}
+		line = append(line, part[:n]...)
 	}
-	return strings.TrimSpace(line), nil
+	return strings.TrimSpace(string(line)), nil
 }
 
 // Answer serves one connection of the plugin: the daemon's side of ask.

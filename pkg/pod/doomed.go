@@ -3,7 +3,6 @@ package pod
 import (
 	"errors"
 	"fmt"
-	"os"
 	"strings"
 
 	"github.com/vishvananda/netlink"
@@ -44,7 +43,7 @@ func (c *Config) handOver(h *netlink.Handle, links []netlink.Link) error {
 	if err != nil {
 		return err
 	}
-	defer daemon.Close()
+	defer daemon.close()
 	for _, l := range links {
 		if err := h.LinkSetGroup(l, doomedGroup); err != nil {
 			return err
@@ -55,7 +54,7 @@ func (c *Config) handOver(h *netlink.Handle, links []netlink.Link) error {
 			return err
 		}
 	}
-	answer, err := ask(daemon, daemonCollect)
+	answer, err := daemon.ask(daemonCollect)
 	if err == nil && answer != answerOK {
 		err = errors.New(answer)
 	}
@@ -69,7 +68,7 @@ func cutOff(l netlink.Link) error {
 		return disablePort(l.Attrs().Index)
 	}
 	for _, family := range []string{"ipv4", "ipv6"} {
-		err := os.WriteFile("/proc/sys/net/"+family+"/conf/"+l.Attrs().Name+"/forwarding", []byte("0"), 0o644)
+		err := sysctl{family + "/conf/" + l.Attrs().Name + "/forwarding", "0"}.write()
 		if err != nil && !absent(err) {
 			return err
 		}
@@ -154,8 +153,12 @@ func isDoomed(l netlink.Link) bool {
 // are the pod's: a DEL that was killed and is done again must not take the next pod's.
 func (c *Config) deleteHostRoutes(h *netlink.Handle, rec Record) error {
 	for _, a := range rec.Addrs {
-		if o, err := c.reservations().Owner(a); err != nil || !o.Holds(rec.Owner) {
+		o, err := c.reservations().Owner(a)
+		if absent(err) || err == nil && !o.Holds(rec.Owner) {
 			continue
+		}
+		if err != nil {
+			return ioFail("look up whose "+a.String()+" is", err)
 		}
 		r := hostRoute(fullLength(a))
 		if err := h.RouteDel(r); err != nil && !errors.Is(err, unix.ESRCH) {

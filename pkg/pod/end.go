@@ -26,29 +26,27 @@ func host(h *netlink.Handle) place {
 	return place{nl: h, in: func(f func() error) error { return f() }}
 }
 
-// attach makes the host's end a port of its bridge and names its owner. The link
-// needs no address of its own: without one there is no duplicate address
+// attach names the host's end's owner and makes it a port of its bridge, before it is
+// up. The link needs no address of its own: without one there is no duplicate address
 // detection and no multicast report towards the pod.
 func (e end) attach(p place, l netlink.Link) error {
-	if err := p.nl.LinkSetAlias(l, e.alias); err != nil {
-		return ioFail("set alias of "+e.name, err)
+	master := 0
+	if e.bridge != "" {
+		br, err := p.nl.LinkByName(e.bridge)
+		if err != nil {
+			return ioFail("look up bridge "+e.bridge, err)
+		}
+		master = br.Attrs().Index
 	}
-	err := p.nl.LinkSetIP6AddrGenMode(l, nl.IN6_ADDR_GEN_MODE_NONE)
-	if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) {
-		return ioFail("set address generation of "+e.name, err)
-	}
-	if e.bridge == "" {
-		return nil
-	}
-	br, err := p.nl.LinkByName(e.bridge)
-	if err == nil {
-		err = p.nl.LinkSetMaster(l, br)
+	err := e.setLink(l.Attrs().Index, master, true)
+	if errors.Is(err, unix.EAFNOSUPPORT) { // a kernel without IPv6
+		err = e.setLink(l.Attrs().Index, master, false)
 	}
 	if errors.Is(err, unix.EXFULL) {
 		return fail(ErrBridge, "bridge %s has 1,023 ports, and the kernel allows no more: wire the pods without a bridge, by \"mode\": \"routed\" in the network configuration, or have fewer pods on this node", e.bridge)
 	}
 	if err != nil {
-		return ioFail("make "+e.name+" a port of "+e.bridge, err)
+		return ioFail("set up link "+e.name, err)
 	}
 	for _, flag := range []struct {
 		name string
@@ -63,6 +61,32 @@ func (e end) attach(p place, l netlink.Link) error {
 		}
 	}
 	return nil
+}
+
+// setLink sets alias, bridge and settings in one message: each that changes a link
+// waits for whoever holds the kernel's lock on all of them.
+func (e end) setLink(index, master int, ipv6 bool) error {
+	req := nl.NewNetlinkRequest(unix.RTM_SETLINK, unix.NLM_F_ACK)
+	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
+	msg.Index = int32(index)
+	req.AddData(msg)
+	req.AddData(nl.NewRtAttr(unix.IFLA_IFALIAS, []byte(e.alias)))
+	if master != 0 {
+		req.AddData(nl.NewRtAttr(unix.IFLA_MASTER, nl.Uint32Attr(uint32(master))))
+	}
+	spec := nl.NewRtAttr(unix.IFLA_AF_SPEC, nil)
+	if len(e.inet) > 0 {
+		conf := spec.AddRtAttr(unix.AF_INET, nil).AddRtAttr(unix.IFLA_INET_CONF, nil)
+		for _, c := range e.inet {
+			conf.AddRtAttr(c.number, nl.Uint32Attr(1))
+		}
+	}
+	if ipv6 {
+		spec.AddRtAttr(unix.AF_INET6, nil).AddRtAttr(unix.IFLA_INET6_ADDR_GEN_MODE, []byte{nl.IN6_ADDR_GEN_MODE_NONE})
+	}
+	req.AddData(spec)
+	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
+	return err
 }
 
 // configure gives a link its addresses, sets it up, and gives it what needs a link
@@ -155,8 +179,7 @@ func writeSysctls(p place, list []sysctl) error {
 	}
 	err := p.in(func() error {
 		for _, s := range list {
-			err := os.WriteFile("/proc/sys/net/"+s.key, []byte(s.value), 0o644)
-			if err != nil {
+			if err := s.write(); err != nil {
 				return fail(errIO, "set sysctl net/%s to %s: %v", s.key, s.value, err)
 			}
 		}
@@ -166,6 +189,16 @@ func writeSysctls(p place, list []sysctl) error {
 		return ioFail("set sysctl net/"+list[0].key, err)
 	}
 	return nil
+}
+
+// write does without what package os does for files that one can wait for.
+func (s sysctl) write() error {
+	fd, err := unix.Open("/proc/sys/net/"+s.key, unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	_, err = unix.Write(fd, []byte(s.value))
+	return errors.Join(err, unix.Close(fd))
 }
 
 // differences lists what of the end is not as it shall be. l is its link.
@@ -208,7 +241,11 @@ func (e end) differences(p place, l netlink.Link) []string {
 			differs("%s has no route %s", e.name, printRoute(r))
 		}
 	}
-	return append(out, sysctlDifferences(p, e.sysctls)...)
+	want := slices.Clone(e.sysctls)
+	for _, c := range e.inet {
+		want = append(want, sysctl{"ipv4/conf/" + e.name + "/" + c.name, "1"})
+	}
+	return append(out, sysctlDifferences(p, want)...)
 }
 
 func (e end) portDifferences(p place, l netlink.Link) []string {

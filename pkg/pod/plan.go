@@ -34,6 +34,7 @@ type end struct {
 	hairpin, isolated bool   // of the port
 	promisc           bool
 
+	inet    []inetConf // on for the host's end
 	addrs   []netip.Prefix
 	neighs  []neighbour // permanent
 	routes  []*netlink.Route
@@ -44,6 +45,13 @@ type end struct {
 type neighbour struct {
 	addr netip.Addr
 	mac  net.HardwareAddr
+}
+
+// inetConf is a switch of IPv4 on a link: IPV4_DEVCONF_* of linux/ip.h, and the name
+// of its file.
+type inetConf struct {
+	number int
+	name   string
 }
 
 // sysctl is a file below /proc/sys/net.
@@ -101,24 +109,17 @@ func (c *Config) routedEnds(host, pod *end, l lease) {
 		pod.addrs = append(pod.addrs, full)
 		host.routes = append(host.routes, hostRoute(full))
 		if full.Addr().Is4() {
-			// A pod that lost its neighbour entry asks, and any address is answered.
-			host.sysctls = append(host.sysctls,
-				sysctl{"ipv4/conf/" + host.name + "/proxy_arp", "1"},
-				sysctl{"ipv4/neigh/" + host.name + "/proxy_delay", "0"},
-				sysctl{"ipv4/conf/" + host.name + "/forwarding", "1"},
-				sysctl{"ipv4/conf/" + host.name + "/rp_filter", "1"},      // a pod sends with its own address alone
-				sysctl{"ipv4/conf/" + host.name + "/route_localnet", "1"}) // host ports by 127.0.0.1
+			host.inet = []inetConf{
+				{3, "proxy_arp"}, // a pod that lost its neighbour entry asks, and any address is answered
+				{8, "rp_filter"}, // a pod sends with its own address alone
+			}
 			pod.neighs = append(pod.neighs, neighbour{gateway4, hostMAC})
 			gw := ipNet(netip.PrefixFrom(gateway4, 32))
 			pod.routes = append(pod.routes, &netlink.Route{Dst: &gw, Scope: netlink.SCOPE_LINK})
 			continue
 		}
 		host.addrs = append(host.addrs, netip.PrefixFrom(gateway6, 64))
-		host.sysctls = append(host.sysctls,
-			sysctl{"ipv6/conf/" + host.name + "/accept_ra", "0"},
-			sysctl{"ipv6/conf/" + host.name + "/proxy_ndp", "1"},
-			sysctl{"ipv6/neigh/" + host.name + "/proxy_delay", "0"},
-			sysctl{"ipv6/conf/" + host.name + "/forwarding", "1"})
+		host.sysctls = append(host.sysctls, sysctl{"ipv6/conf/" + host.name + "/accept_ra", "0"})
 		pod.neighs = append(pod.neighs, neighbour{gateway6, hostMAC})
 		pod.sysctls = append(pod.sysctls, sysctl{"ipv6/conf/" + pod.name + "/accept_dad", "0"})
 	}

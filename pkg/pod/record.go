@@ -1,6 +1,7 @@
 package pod
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -135,7 +136,8 @@ func (h *heldRecord) read() error {
 		return fmt.Errorf("read record of the attachment: %w", err)
 	}
 	h.found = len(content) > 0
-	if json.Unmarshal(content, &h.Record) != nil {
+	line, _, _ := bytes.Cut(content, []byte("\n"))
+	if json.Unmarshal(line, &h.Record) != nil {
 		h.Record = Record{}
 	}
 	h.Network = filepath.Base(filepath.Dir(h.path))
@@ -145,11 +147,14 @@ func (h *heldRecord) read() error {
 
 func (h *heldRecord) write() error {
 	content, err := json.Marshal(h.Record)
+	content = append(content, '\n')
+	// The new before the old is cut off: whoever is killed between the two leaves a
+	// line that is whole, and what follows it is passed over.
 	if err == nil {
-		err = h.file.Truncate(0)
+		_, err = h.file.WriteAt(content, 0)
 	}
 	if err == nil {
-		_, err = h.file.WriteAt(append(content, '\n'), 0)
+		err = h.file.Truncate(int64(len(content)))
 	}
 	if err != nil {
 		return fmt.Errorf("write down the attachment: %w", err)

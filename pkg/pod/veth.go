@@ -28,10 +28,16 @@ func ifNameTaken(at attachment) error {
 }
 
 // makeVeth makes the pod's link: one end on the host, the other in the pod with
-// its final name. Either both exist afterwards, or none.
+// its final name. Either both exist afterwards, or none. The host's end of a routed pod
+// is set up last of all: when a link comes up without a carrier, and then gets one, the
+// kernel goes over all routes of the node twice. A port of a bridge is up before the
+// pod's end is, so that the bridge forwards from the first packet on.
 func makeVeth(at attachment, h *netlink.Handle, s *sandbox, host, pod end) (*netlink.Veth, error) {
 	attrs := netlink.NewLinkAttrs()
-	attrs.Name, attrs.MTU, attrs.HardwareAddr, attrs.Flags = host.name, host.mtu, host.mac, net.FlagUp
+	attrs.Name, attrs.MTU, attrs.HardwareAddr = host.name, host.mtu, host.mac
+	if host.bridge != "" {
+		attrs.Flags = net.FlagUp
+	}
 	veth := netlink.NewVeth(attrs)
 	veth.PeerName, veth.PeerMTU, veth.PeerHardwareAddr, veth.PeerNamespace = pod.name, uint32(pod.mtu), pod.mac, netlink.NsFd(s.ns)
 	err := h.LinkAdd(veth)

@@ -58,9 +58,8 @@ func addFaults() []failure {
 		{name: "renumber", at: `^sendto RTM_NEWROUTE 198.18.1.2/32`, call: renumbered, words: []string{"renumber bridge cni0: add route 198.18.1.2/32 dev cni0" + noBuffers}},
 		{name: "bridge promiscuous", at: `^sendto RTM_SETLINK link \d+$`, call: with("promiscMode", true), words: []string{"set promiscuous mode of bridge cni0" + noBuffers}},
 		{name: "veth", at: `^sendto RTM_NEWLINK veth`, call: addPod, words: []string{"add link veth", noBuffers}},
-		{name: "alias", at: `^sendto RTM_SETLINK link \d+ alias twill:c`, call: addPod, words: []string{"set alias of veth", noBuffers}},
-		{name: "address generation", at: `^sendto RTM_SETLINK link \d+ family options`, call: addPod, words: []string{"set address generation of veth", noBuffers}},
-		{name: "port", at: `^sendto RTM_SETLINK link \d+ master`, call: addPod, words: []string{"make veth", " a port of cni0" + noBuffers}},
+		{name: "port's bridge", at: `^sendto RTM_GETLINK cni0`, nth: 4, call: addPod, words: []string{"look up bridge cni0" + noBuffers}},
+		{name: "host's link", at: `^sendto RTM_SETLINK link \d+ alias twill:c`, call: addPod, words: []string{"set up link veth", noBuffers}},
 		{name: "hairpin", at: `^sendto RTM_SETLINK link \d+ port options`, call: addPod, words: []string{"set hairpin mode of veth", noBuffers}},
 		{name: "look up pod's link", at: `^sendto RTM_GETLINK eth0`, nth: 2, call: addPod, words: []string{"look up link eth0 in the pod" + noBuffers}},
 		{name: "loopback", at: `^sendto RTM_NEWLINK link 1 up`, call: addPod, words: []string{"set the pod's loopback up" + noBuffers}},
@@ -70,6 +69,7 @@ func addFaults() []failure {
 		{name: "up", at: `^sendto RTM_NEWLINK link \d+ up`, nth: 3, call: addPod, words: []string{"set eth0 up" + noBuffers}},
 		{name: "neighbour", at: `^sendto RTM_NEWNEIGH`, call: routed, words: []string{"add neighbour 169.254.1.1 lladdr ee:ee:ee:ee:ee:ee dev eth0" + noBuffers}},
 		{name: "limit", at: `^sendto RTM_NEWQDISC`, call: limited, words: []string{"limit the bandwidth of " + thisPod + ": add tbf to veth", noBuffers}},
+		{name: "bridge at the end", at: `^sendto RTM_GETLINK cni0`, nth: 5, call: addPod, words: []string{"look up bridge cni0" + noBuffers}},
 		{name: "carrier", at: `^sendto RTM_GETLINK link \d+$`, call: addPod, words: []string{"set the pod's links up" + noBuffers}},
 		{name: "neighbours of before", at: `^sendto RTM_DELNEIGH`, call: addPod, words: []string{"announce the pod: forget neighbour 198.18.1.2 of cni0" + noBuffers}},
 		{name: "record at the end", at: `^pwrite .*/c:eth0`, nth: 2, call: addPod, words: []string{"attach " + thisPod + ": write down the attachment: ", noSpace}},
@@ -83,6 +83,13 @@ func otherFaults() []failure {
 	flannels := func(h *host, p *namespace) call {
 		h.flannel("ADD", "c", p)
 		return del("c", p).with("cniVersion", "1.0.0")
+	}
+	routedThere := func(h *host, p *namespace) call {
+		h.attach(add("bridged", newNamespace(h.t)))
+		c := addPod(h, p).with("mode", "routed")
+		h.must(c)
+		c.verb = "DEL"
+		return c
 	}
 	scratched := func(h *host, p *namespace) call {
 		if err := h.write(h.file("run/subnet.env"), subnetEnv); err != nil {
@@ -99,7 +106,7 @@ func otherFaults() []failure {
 		{name: "DEL, link", at: `^sendto RTM_GETLINK veth`, call: here, words: []string{"look up link veth", noBuffers}},
 		{name: "DEL, link's deletion", at: `^sendto RTM_DELLINK`, call: here, words: []string{"delete link veth", noBuffers}},
 		{name: "DEL, host's route", at: `^sendto RTM_DELROUTE`, call: here, words: []string{"delete route 198.18.1.2/32" + noBuffers}},
-		{name: "DEL, bridge's answer", at: `^sendto RTM_DELNEIGH`, call: here, words: []string{"delete proxy neighbour fd00:18:0:1::2" + noBuffers}},
+		{name: "DEL, bridge's answer", at: `^sendto RTM_DELNEIGH`, call: routedThere, words: []string{"delete proxy neighbour fd00:18:0:1::3" + noBuffers}},
 		{name: "DEL, reservation", at: `^unlink .*/cbr0/198.18.1.2`, call: here, words: []string{"release the addresses of " + gone + "release 198.18.1.2: remove ", eio}},
 		{name: "DEL, record", at: `^unlink .*/attachments/cbr0/c:eth0`, call: here, words: []string{"detach " + gone + "remove record of the attachment: ", "c:eth0" + eio}},
 		{name: "DEL, scratch file", at: `^unlink .*/scratch/c$`, call: scratched, words: []string{"detach " + gone + "remove scratch file: ", "scratch/c" + eio}},

@@ -55,8 +55,7 @@ func blockHandoff(h *host, _ *namespace) error {
 
 func noHandoffFile(h *host, _ *namespace) error { return os.Remove(h.handoffFile()) }
 
-// nodeErrors are those of the pod's namespace, the daemon's file, the records and the
-// addresses.
+// nodeErrors are those of the pod's namespace and of the daemon's file.
 func nodeErrors() []failure {
 	netns := func(path func(*host) string) func(*host, *namespace) call {
 		return func(h *host, p *namespace) call {
@@ -124,6 +123,12 @@ func nodeErrors() []failure {
 			},
 			words: []string{"network configuration: routes: 2001:db8::/32: this node has no subnet of that family", "remove"},
 		},
+	}
+}
+
+// attachErrors are those of records, names and addresses.
+func attachErrors() []failure {
+	return []failure{
 		{
 			name: "data directory is a file", code: types.ErrIOFailure,
 			call:  func(h *host, p *namespace) call { return addPod(h, p).with("dataDir", h.handoffFile()) },
@@ -167,7 +172,7 @@ func nodeErrors() []failure {
 				h.attach(add("first", newNamespace(h.t)))
 				return addPod(h, p).with("runtimeConfig", map[string]any{"ips": []any{"198.18.1.2"}})
 			},
-			words: []string{"requested address 198.18.1.2 is in use by first/eth0, says ", "/networks/cbr0/198.18.1.2", "ask for another address, or remove that pod first"},
+			words: []string{"requested address 198.18.1.2 is in use by first/eth0, says ", "/networks/cbr0/198.18.1.2", "request another, or none; or remove that pod first"},
 		},
 		{
 			name: "address is the gateway", code: types.ErrInvalidNetworkConfig,

@@ -67,14 +67,8 @@ func (w *walk) tryDel(f faults.Fault) bool {
 // all, before the runtime calls DEL again, with or without the namespace. That pod
 // must not notice.
 func (w *walk) afterKilledDel(c call, f faults.Fault, out *faults.Outcome) {
-	n := w.counts["DEL killed"]
-	gone, another := n%2 == 0, n/2%2 == 0
-	if gone {
+	if w.counts["DEL killed"]%2 == 0 && !w.sc.gone {
 		w.emptyPod()
-	}
-	if !another {
-		w.mustLeaveNothing(f, out, c)
-		return
 	}
 	pod := w.newPod()
 	defer pod.remove()

@@ -10,7 +10,7 @@ type scenario struct {
 	// sandbox before the old one is gone, neighbour that of another pod. They differ
 	// in host ports, of which there is one each.
 	run, again, neighbour map[string]any
-	// warm: a pod runs already, so the bridge is there. Else each ADD makes it.
+	// warm: a bridged pod runs already, so the bridge is there. Else each ADD makes it.
 	warm bool
 	// gone: DEL, which alone is walked, is called when the namespace is gone, and
 	// without the result of ADD.
@@ -39,7 +39,7 @@ func scenarios() []scenario {
 	return []scenario{
 		{name: "bridged, first pod"},
 		{name: "bridged, namespace gone", warm: true, gone: true},
-		{name: "routed", conf: map[string]any{"mode": "routed"}},
+		{name: "routed, beside a bridged pod", conf: map[string]any{"mode": "routed"}, warm: true},
 		{name: "bandwidth", run: limits, again: limits, neighbour: limits, from: "ifb", warm: true},
 		{name: "host ports by nftables", conf: map[string]any{"firewall": "nftables"}, run: mine, again: again, neighbour: neighbour, from: "/.twill/ports", warm: true},
 		{name: "host ports by iptables", conf: map[string]any{"firewall": "iptables", "mode": "routed"}, run: mine, again: again, neighbour: neighbour, from: "/.twill/ports"},

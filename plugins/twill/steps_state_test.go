@@ -107,6 +107,9 @@ func (n *namespace) network(without ...string) state {
 // the links. What a bridge learned goes with the port, which is in the state.
 func (n *namespace) neighbours(s *state, names map[int]string, ours func(int) bool) {
 	n.t.Helper()
+	for _, e := range list(n.t, func() ([]netlink.Neigh, error) { return n.nl.NeighProxyList(0, netlink.FAMILY_ALL) }) {
+		s.add("proxy neighbour %s dev %s", e.IP, names[e.LinkIndex])
+	}
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6, unix.AF_BRIDGE} {
 		for _, e := range list(n.t, func() ([]netlink.Neigh, error) { return n.nl.NeighList(0, family) }) {
 			switch {

@@ -73,7 +73,7 @@ func (w *walk) fresh(t testing.TB) {
 		w.subnetEnv()
 	}
 	if w.sc.warm {
-		neighbour := w.newPod().add("other").with("runtimeConfig", w.sc.neighbour)
+		neighbour := w.newPod().add("other").with("runtimeConfig", w.sc.neighbour).with("mode", nil)
 		neighbour.env = tools()
 		w.must(neighbour)
 	}
@@ -103,8 +103,18 @@ func (w *walk) world() state {
 	return s
 }
 
-// left is what there is beyond what was there before.
-func (w *walk) left() state { return w.world().minus(w.before) }
+// left is what there is beyond what was there before, and what of the other pod is
+// gone.
+func (w *walk) left() state {
+	now := w.world()
+	left := now.minus(w.before)
+	for _, line := range w.before.minus(now) {
+		if !strings.HasPrefix(line, "neighbour") { // the kernel forgets them
+			left.add("no more: %s", line)
+		}
+	}
+	return left
+}
 
 // settled waits until nothing is left, and returns what is for too long: a
 // namespace that was closed dies in the background, and takes its links along.
@@ -130,23 +140,23 @@ func tools() []string { return []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin"} }
 // podNS is a pod's namespace at a path that goes with it.
 type podNS struct {
 	*namespace
-	path string
+	at string
 }
 
 func (w *walk) newPod() *podNS {
 	w.t.Helper()
 	w.made++
 	p := &podNS{newNamespace(w.t), filepath.Join(w.pods, fmt.Sprint(w.made))}
-	if err := os.Symlink(p.namespace.path(), p.path); err != nil {
+	if err := os.Symlink(p.path(), p.at); err != nil {
 		w.t.Fatal(err)
 	}
 	return p
 }
 
-func (p *podNS) add(id string) call { return call{verb: "ADD", id: id, netns: p.path} }
+func (p *podNS) add(id string) call { return call{verb: "ADD", id: id, netns: p.at} }
 
 func (p *podNS) remove() {
-	if err := os.Remove(p.path); err != nil {
+	if err := os.Remove(p.at); err != nil {
 		p.t.Fatal(err)
 	}
 	p.close()
@@ -160,7 +170,7 @@ func (w *walk) trace(c call, f faults.Fault) *faults.Outcome {
 	cmd.Env = append(cmd.Env, "GOMAXPROCS=1", "GODEBUG=asyncpreemptoff=1")
 	var out *faults.Outcome
 	if err := w.do(func() (err error) { out, err = faults.Run(cmd, f); return err }); err != nil {
-		w.t.Fatalf("%s, %s step %s: %v", c.verb, f.Kind, out.Hit, err)
+		w.t.Fatalf("%s, %s step %d: %v", c.verb, f.Kind, f.Step, err)
 	}
 	return out
 }

@@ -72,7 +72,8 @@ func addFaults() []failure {
 		{name: "bridge at the end", at: `^sendto RTM_GETLINK cni0`, nth: 5, call: addPod, words: []string{"look up bridge cni0" + noBuffers}},
 		{name: "carrier", at: `^sendto RTM_GETLINK link \d+$`, call: addPod, words: []string{"set the pod's links up" + noBuffers}},
 		{name: "neighbours of before", at: `^sendto RTM_DELNEIGH`, call: addPod, words: []string{"announce the pod: forget neighbour 198.18.1.2 of cni0" + noBuffers}},
-		{name: "record at the end", at: `^pwrite .*/c:eth0`, nth: 2, call: addPod, words: []string{"attach " + thisPod + ": write down the attachment: ", noSpace}},
+		{name: "record with the addresses", at: `^pwrite .*/c:eth0`, nth: 2, call: addPod, words: []string{"attach " + thisPod + ": write down the attachment: ", noSpace}},
+		{name: "record at the end", at: `^pwrite .*/c:eth0`, nth: 3, call: addPod, words: []string{"attach " + thisPod + ": write down the attachment: ", noSpace}},
 		{name: "result", at: `^write standard output`, call: addPod, words: []string{"print the result: ", noSpace}},
 	}
 }
@@ -108,6 +109,7 @@ func otherFaults() []failure {
 		{name: "DEL, host's route", at: `^sendto RTM_DELROUTE`, call: here, words: []string{"delete route 198.18.1.2/32" + noBuffers}},
 		{name: "DEL, bridge's answer", at: `^sendto RTM_DELNEIGH`, call: routedThere, words: []string{"delete proxy neighbour fd00:18:0:1::3" + noBuffers}},
 		{name: "DEL, reservation", at: `^unlink .*/cbr0/198.18.1.2`, call: here, words: []string{"release the addresses of " + gone + "release 198.18.1.2: remove ", eio}},
+		{name: "DEL, whose address", at: `^openat .*/cbr0/198.18.1.2`, call: here, words: []string{"look up whose 198.18.1.2 is: "}},
 		{name: "DEL, record", at: `^unlink .*/attachments/cbr0/c:eth0`, call: here, words: []string{"detach " + gone + "remove record of the attachment: ", "c:eth0" + eio}},
 		{name: "DEL, scratch file", at: `^unlink .*/scratch/c$`, call: scratched, words: []string{"detach " + gone + "remove scratch file: ", "scratch/c" + eio}},
 		{

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/twill-net/twill/pkg/overlay"
@@ -47,6 +48,8 @@ func (d *Daemon) listenPlugin() (net.Listener, error) {
 func (d *Daemon) servePlugin(ctx context.Context, l net.Listener) error {
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
+	var answers sync.WaitGroup
+	defer answers.Wait()
 	for {
 		conn, err := l.Accept()
 		if ctx.Err() != nil {
@@ -56,11 +59,11 @@ func (d *Daemon) servePlugin(ctx context.Context, l net.Listener) error {
 			return fmt.Errorf("serve the plugin: %w", err)
 		}
 		// Of a plugin that was killed nothing comes, which must not hold the others up.
-		go func() {
+		answers.Go(func() {
 			if err := pod.Answer(conn, d.unready, func() { d.podBell.ring("collect") }); err != nil {
 				d.log.Debug("question of the plugin not answered", "error", err)
 			}
-		}()
+		})
 	}
 }
 

@@ -125,15 +125,23 @@ func (b block) hash(i int) string {
 	return overlay.CommentPrefix + overlay.RuleHash(text)
 }
 
-// nftDocument prints one transaction. In the exact form, a table is made anew: it
+// nftDocument prints one transaction. If there are rules before and after, only the
+// elements that differ are in it: to write a chain anew, the kernel waits for all
+// packets that are in it, which takes three times as long as the rest. In the exact form, a table is made anew: it
 // may hold anything. "add" before "delete" makes deleting succeed if there is none.
 func nftDocument(cs []change) string {
 	var s strings.Builder
 	for _, c := range cs {
 		ip, _ := nftWords(c.after.family)
 		table := ip + " " + NftTable
+		blocks, old := nftTable(c.after), nftTable(c.before)
+		if !c.exact && blocks != nil && old != nil {
+			for i, b := range blocks {
+				b.turn(&s, table, old[i])
+			}
+			continue
+		}
 		fmt.Fprintf(&s, "add table %s\n", table)
-		blocks := nftTable(c.after)
 		if c.exact || blocks == nil {
 			fmt.Fprintf(&s, "delete table %s\n", table)
 		}
@@ -157,6 +165,41 @@ func nftDocument(cs []change) string {
 		}
 	}
 	return s.String()
+}
+
+// turn prints what makes b of the same block before.
+func (b block) turn(s *strings.Builder, table string, before block) {
+	if b.kind == "chain" {
+		if !slices.Equal(b.items, before.items) {
+			fmt.Fprintf(s, "flush chain %s %s\n", table, b.name)
+			b.fill(s, table)
+		}
+		return
+	}
+	for _, item := range before.without(b).items {
+		fmt.Fprintf(s, "delete element %s %s { %s }\n", table, b.name, item)
+	}
+	b.without(before).fill(s, table)
+}
+
+// without is b with those elements alone that o has not.
+func (b block) without(o block) block {
+	there := map[string]bool{}
+	for i := range o.items {
+		there[o.hash(i)] = true
+	}
+	left := b
+	left.items, left.values = nil, nil
+	for i, item := range b.items {
+		if there[b.hash(i)] {
+			continue
+		}
+		left.items = append(left.items, item)
+		if b.kind == "map" {
+			left.values = append(left.values, b.values[i])
+		}
+	}
+	return left
 }
 
 // fill prints what is in b.

@@ -13,14 +13,15 @@ run() { # one line per package and per failure on the terminal, everything in th
 		{ grep --line-buffered -E '^(ok|FAIL|panic:)|--- (FAIL|SKIP)|^    [a-z0-9_]+_test\.go:|DATA RACE' || true; }
 	return "${PIPESTATUS[0]}"
 }
+# Programs that find no race need not wait a second for one when they end.
+export GORACE=atexit_sleep_ms=0
 # A package at a time: they share two cores, and a loaded machine is a bad stopwatch.
 run -p 1 -race "$@" ./pkg/... ./plugins/... ./daemon/... ./e2e/layers ./e2e/lab || status=1
 
 mkdir -p build/race
 go build -race -o build/race/ ./daemon/cmd/twilld ./daemon/cmd/netctl ./plugins/twill
 go build -o build/race/ ./e2e/lab
-# Programs that find no race need not wait a second for one when they end.
-export GORACE=atexit_sleep_ms=0 TWILL_BIN_DIR="$PWD/build/race" TWILL_ETCD34="$PWD/build/etcd-3.4/usr/bin/etcd"
+export TWILL_BIN_DIR="$PWD/build/race" TWILL_ETCD34="$PWD/build/etcd-3.4/usr/bin/etcd"
 run -race "$@" ./e2e || status=1
 
 guest() {
@@ -34,7 +35,6 @@ guest || status=1
 
 # Not the backends, which have nothing to do with the store's version.
 echo "once more, what depends on the store, with Debian's etcd 3.4"
-unset GORACE
 TWILL_BIN_DIR=$PWD/build/bin TWILL_ETCD_BINARY=$TWILL_ETCD34 run -p 1 -short -skip 'TestBackends|TestSwitch|TestNetworkChanges|TestRouters|TestReflectors|TestForeignMember|TestOwnRouter|TestBadBGP|TestUDPQueues|TestUnusable|TestFarPeers|TestContainerd' "$@" ./pkg/store ./e2e || status=1
 
 passed=$(grep -cE '^ *--- PASS' $log || true)

@@ -38,7 +38,7 @@ func TestConfigDefaults(t *testing.T) {
 	want := Config{
 		SubnetFile: "/run/flannel/subnet.env", Socket: "/run/flannel/twilld.sock",
 		RandomFully: true, ForwardRules: true, RenewMargin: time.Hour, Resync: 30 * time.Second,
-		WireGuardKey: "/run/flannel/wgkey",
+		WireGuardKey: "/run/flannel/wgkey", CNIDataDir: "/var/lib/cni/networks",
 	}
 	want.Etcd.Endpoints = []string{"http://127.0.0.1:4001", "http://127.0.0.1:2379"}
 	want.Etcd.Prefix = "/coreos.com/network"

@@ -272,7 +272,7 @@ func TestTwoInterfaces(t *testing.T) {
 	if got := p.links(); got != "lo eth0" {
 		t.Errorf("links %s", got)
 	}
-	if got := len(h.traces()); got != 3 {
+	if got := len(h.traces()); got != 4 {
 		t.Errorf("traces %v", h.traces())
 	}
 }

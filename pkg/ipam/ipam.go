@@ -115,12 +115,8 @@ func (d Dir) Allocate(req Request) ([]Address, error) {
 	return out, nil
 }
 
-// Free returns nil if each set has an address that nobody has, else an
-// *ExhaustedError.
-func (d Dir) Free(sets [][]Range) error { return d.FreeFor(Request{Sets: sets}) }
-
-// FreeFor returns the error that Allocate would return now. It writes nothing.
-func (d Dir) FreeFor(req Request) error {
+// Free returns the error that Allocate would return now. It writes nothing.
+func (d Dir) Free(req Request) error {
 	al, err := d.plan(req)
 	if err != nil {
 		return err

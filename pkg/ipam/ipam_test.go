@@ -109,7 +109,7 @@ func TestWholeRange(t *testing.T) {
 			sets := newSets(tt.set)
 			var got []string
 			for i := range tt.n {
-				if err := d.Free(sets); err != nil {
+				if err := d.Free(Request{Sets: sets}); err != nil {
 					t.Fatal(err)
 				}
 				got = append(got, allocate(t, d, fmt.Sprint("c", i), sets))
@@ -118,7 +118,7 @@ func TestWholeRange(t *testing.T) {
 				t.Errorf("allocated %v, want %s to %s", got, tt.first, tt.last)
 			}
 			_, err := d.Allocate(Request{Owner: Owner{"one", "more"}, Sets: sets})
-			for _, err := range []error{err, d.Free(sets)} {
+			for _, err := range []error{err, d.Free(Request{Sets: sets})} {
 				var full *ExhaustedError
 				if !errors.As(err, &full) || full.InUse != tt.n || full.AtRest != 0 || !full.Next.IsZero() || full.Dir != d.path {
 					t.Errorf("full range: %v", err)
@@ -131,7 +131,7 @@ func TestWholeRange(t *testing.T) {
 			}
 			// So is the one whose writer was killed.
 			writeFile(t, d.Path(netip.MustParsePrefix(tt.last).Addr()), "")
-			if err := d.Free(sets); err != nil {
+			if err := d.Free(Request{Sets: sets}); err != nil {
 				t.Errorf("an empty file is no reservation: %v", err)
 			}
 			if got := allocate(t, d, "heir", sets); got != tt.last {

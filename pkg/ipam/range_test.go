@@ -132,7 +132,7 @@ func TestBadRanges(t *testing.T) {
 	} {
 		d := NewDir(t.TempDir(), "net")
 		_, err := d.Allocate(Request{Owner: Owner{"c", "eth0"}, Sets: tt.sets})
-		for _, err := range []error{err, Validate(tt.sets), d.Free(tt.sets)} {
+		for _, err := range []error{err, Validate(tt.sets), d.Free(Request{Sets: tt.sets})} {
 			var bad *RangeError
 			if !errors.As(err, &bad) || !strings.Contains(err.Error(), tt.want) {
 				t.Errorf("%v: %v, want a *RangeError with %q", tt.sets, err, tt.want)

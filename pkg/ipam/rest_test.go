@@ -103,15 +103,15 @@ func TestCoolDown(t *testing.T) {
 	n.want(n.add("default/more"), "3 in use, 2 at rest")
 	n.want(n.add("default/p1"), "3 in use, 2 at rest") // no pod has a name that helps
 	var full *ExhaustedError
-	if err := n.FreeFor(n.request("")); !errors.As(err, &full) || time.Until(full.Next).Round(time.Second) != 10*time.Second ||
+	if err := n.Free(n.request("")); !errors.As(err, &full) || time.Until(full.Next).Round(time.Second) != 10*time.Second ||
 		!strings.Contains(err.Error(), "2 at rest, the next one free at 20") {
 		t.Errorf("status: %v", err)
 	}
-	if err := n.Free(n.sets); err != nil {
+	if err := n.Free(Request{Sets: n.sets}); err != nil {
 		t.Errorf("status without cool-down: %v", err)
 	}
 	n.wait(15 * time.Second)
-	if err := n.FreeFor(n.request("")); err != nil {
+	if err := n.Free(n.request("")); err != nil {
 		t.Errorf("status: %v", err)
 	}
 	n.want(n.add("default/more"), "3")

@@ -206,12 +206,7 @@ func setUpIfb(h *netlink.Handle, ifb netlink.Link, alias string) error {
 	return h.LinkSetUp(ifb)
 }
 
-// removeBandwidth takes the limits off a veth that stays. Of a veth that goes, only
-// the ifb is left to be deleted, after it: without the ifb the pod's packets are lost.
-func removeBandwidth(h *netlink.Handle, host netlink.Link, alias string) error {
-	return errors.Join(clearQueues(h, host), removeIfb(h, ifbName(host.Attrs().Name), alias))
-}
-
+// clearQueues takes the limits off a link.
 func clearQueues(h *netlink.Handle, host netlink.Link) error {
 	var errs []error
 	for _, q := range []netlink.Qdisc{ingress(host), tbf(host, 8, 8)} {

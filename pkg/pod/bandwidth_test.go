@@ -1,6 +1,7 @@
 package pod
 
 import (
+	"errors"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -297,4 +298,10 @@ func TestBandwidthTaken(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.clean()
+}
+
+// removeBandwidth takes the limits off a veth that stays. A pod's goes: with it the
+// queues, and then the ifb, without which the pod's packets would be lost.
+func removeBandwidth(h *netlink.Handle, host netlink.Link, alias string) error {
+	return errors.Join(clearQueues(h, host), removeIfb(h, ifbName(host.Attrs().Name), alias))
 }

@@ -22,7 +22,7 @@ func Status(args *skel.CmdArgs) error {
 	if reason, err := askDaemon(c.HandoffFile, daemonStatus); err == nil && reason != answerOK {
 		return fail(types.ErrPluginNotAvailable, "twilld: %s; see `netctl status`", reason)
 	}
-	if err := c.reservations().FreeFor(ipam.Request{Sets: w.sets, CoolDown: c.IPAM.CoolDown}); err != nil {
+	if err := c.reservations().Free(ipam.Request{Sets: w.sets, CoolDown: c.IPAM.CoolDown}); err != nil {
 		return as(types.ErrPluginNotAvailable, allocateError(attachment{}, err))
 	}
 	if c.Mode == Routed {

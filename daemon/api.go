@@ -78,14 +78,6 @@ func (s server) serve(ctx context.Context) error {
 	return fmt.Errorf("serve %s: %w", s.listener.Addr(), err)
 }
 
-func closeAll(servers []server) error {
-	var err error
-	for _, s := range servers {
-		err = errors.Join(err, s.listener.Close())
-	}
-	return err
-}
-
 // health serves /healthz: the loop turns; /readyz: pods can be connected;
 // /metrics.
 func (d *Daemon) health() *http.ServeMux {

@@ -95,10 +95,6 @@ func Run(ctx context.Context, cfg Config, version string, log *slog.Logger) erro
 	if err != nil {
 		return err
 	}
-	plugin, err := d.listenPlugin()
-	if err != nil {
-		return errors.Join(err, closeAll(servers))
-	}
 	log.Info("started", "version", version, "etcd", cfg.Etcd.Endpoints, "prefix", cfg.Etcd.Prefix)
 
 	g, ctx := errgroup.WithContext(ctx)
@@ -109,7 +105,7 @@ func Run(ctx context.Context, cfg Config, version string, log *slog.Logger) erro
 	g.Go(func() error { return d.bgp.run(ctx) })
 	g.Go(func() error { return d.keepLease(ctx) })
 	g.Go(func() error { return d.reconcile(ctx) })
-	g.Go(func() error { return d.servePlugin(ctx, plugin) })
+	g.Go(func() error { return d.forever(ctx, "serve the plugin", d.servePlugin) })
 	g.Go(func() error { return d.tidy(ctx) })
 	g.Go(func() error { return d.keepPorts(ctx) })
 	for _, s := range servers {

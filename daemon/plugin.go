@@ -25,7 +25,8 @@ const (
 )
 
 // listenPlugin opens the socket at which the CNI plugin hands over links to delete,
-// and asks whether a pod could be connected. It is for root alone.
+// and asks whether a pod could be connected. It is for root alone. Without it the
+// plugin does its work by itself.
 func (d *Daemon) listenPlugin() (net.Listener, error) {
 	path := pod.SocketFor(d.cfg.HandoffFile())
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -45,7 +46,12 @@ func (d *Daemon) listenPlugin() (net.Listener, error) {
 	return l, nil
 }
 
-func (d *Daemon) servePlugin(ctx context.Context, l net.Listener) error {
+func (d *Daemon) servePlugin(ctx context.Context) error {
+	l, err := d.listenPlugin()
+	if err != nil {
+		return err
+	}
+	defer l.Close()
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
 	var answers sync.WaitGroup

@@ -46,9 +46,13 @@ func TestManyDeleted(t *testing.T) {
 	if got := n.shell(t, podState); got != "" {
 		t.Errorf("left:\n%s", got)
 	}
-	links, err := n.Metric("twill_pod_links_deleted_total")
-	must(t, err)
-	if links != 40 {
+	var links float64
+	if Eventually(ctx, func() bool {
+		var err error
+		links, err = n.Metric("twill_pod_links_deleted_total")
+		must(t, err)
+		return links == 40
+	}) != nil {
 		t.Errorf("the daemon says that it deleted %.0f links, want 40", links)
 	}
 	must(t, n.WaitInSync(ctx))

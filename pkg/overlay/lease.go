@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"strconv"
@@ -69,16 +70,16 @@ type vtepValue struct {
 
 // ParseKey reads the last element of a lease's key: "10.5.52.0-24" or, in dual
 // stack, "10.5.52.0-24&fd00:5:0:34::-64".
-func ParseKey(key string) (n Subnets, err error) {
+func ParseKey(key string) (Subnets, error) {
+	var n Subnets
 	first, second, dual := strings.Cut(key, "&")
-	if n.V4, err = keyPrefix(first, IPv4); err != nil {
-		return Subnets{}, fmt.Errorf("key %q: %w", key, err)
+	var err error
+	n.V4, err = keyPrefix(first, IPv4)
+	if dual && err == nil {
+		n.V6, err = keyPrefix(second, IPv6)
 	}
-	if !dual {
-		return canonical(key, n)
-	}
-	if n.V6, err = keyPrefix(second, IPv6); err != nil {
-		return Subnets{}, fmt.Errorf("key %q: %w", key, err)
+	if err != nil {
+		return Subnets{}, fmt.Errorf("key %q %w", key, err)
 	}
 	return canonical(key, n)
 }
@@ -93,20 +94,22 @@ func canonical(key string, n Subnets) (Subnets, error) {
 	return n, nil
 }
 
+// keyPrefix reads an address and a length. Its error goes on from "key x".
 func keyPrefix(text string, f Family) (netip.Prefix, error) {
 	addr, bits, _ := strings.Cut(text, "-")
 	a, err := netip.ParseAddr(addr)
-	if err != nil || a.Is4() != (f == IPv4) || a.Is4In6() {
-		return netip.Prefix{}, fmt.Errorf("%q is not an %s subnet like 10.5.52.0-24 or fd00:5:0:34::-64", text, f)
+	digits := strings.Trim(bits, "0123456789") == "" && bits != ""
+	if err != nil || !digits || a.Is4() != (f == IPv4) || a.Is4In6() {
+		return netip.Prefix{}, errors.New("is not a subnet like 10.5.52.0-24 or 10.5.52.0-24&fd00:5:0:34::-64")
 	}
 	longest := a.BitLen() - 1
 	n, err := strconv.Atoi(bits)
 	if err != nil || n < 1 || n > longest {
-		return netip.Prefix{}, fmt.Errorf("prefix length %s is not in 1..%d", bits, longest)
+		return netip.Prefix{}, fmt.Errorf("has the prefix length %s, which is not in 1..%d", bits, longest)
 	}
 	p := netip.PrefixFrom(a, n)
 	if p != p.Masked() {
-		return netip.Prefix{}, fmt.Errorf("%s has bits set behind its prefix length; the subnet is %s", p, p.Masked())
+		return netip.Prefix{}, fmt.Errorf("is %s, which has bits set behind its prefix length; the subnet is %s", p, p.Masked())
 	}
 	return p, nil
 }

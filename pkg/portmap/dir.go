@@ -76,7 +76,6 @@ func (d Dir) Add(ctx context.Context, e Entry) error {
 	// The caller may have run out of time; that must not leave the rules.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 2*lockSeconds*time.Second)
 	defer cancel()
-	err = fmt.Errorf("open host ports of %s: %w", e.Holder, err)
 	back := d.apply(ctx, f, update{after: others, touched: u.touched, exact: true})
 	if back == nil {
 		back = f.drop(append(gone, e))
@@ -90,7 +89,7 @@ func (d Dir) Remove(ctx context.Context, attachment string) error {
 	entry := filepath.Join(d.path, attachment+entryFile)
 	// Of an Add that was killed before there was an entry.
 	if err := os.Remove(entry + tempFile); err != nil && !isAbsent(err) {
-		return fmt.Errorf("close host ports of %s: %w", attachment, err)
+		return fmt.Errorf("delete what a killed writer left: %w", err)
 	}
 	if _, err := os.Lstat(entry); isAbsent(err) {
 		return nil
@@ -112,10 +111,7 @@ func (d Dir) Remove(ctx context.Context, attachment string) error {
 	if err == nil {
 		err = f.drop(gone)
 	}
-	if err != nil {
-		return fmt.Errorf("close host ports of %s: %w", attachment, err)
-	}
-	return nil
+	return err
 }
 
 // update is what becomes of the entries that have rules.

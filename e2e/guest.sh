@@ -62,7 +62,8 @@ cat >"$tmp/initrd/init" <<-EOF
 	\$b mount -t devtmpfs devtmpfs /new/dev
 	\$b mkdir -p /new/dev/pts /new/dev/shm
 	\$b mount -t devpts devpts /new/dev/pts
-	for d in dev/shm tmp run; do \$b mount -t tmpfs tmpfs /new/\$d; done
+	# Not over /tmp: this tree may be in it.
+	for d in dev/shm run; do \$b mount -t tmpfs tmpfs /new/\$d; done
 	\$b cp /command /session /new/run/
 	exec \$b switch_root /new /bin/bash /run/session
 EOF

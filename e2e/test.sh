@@ -32,7 +32,7 @@ run -race "$@" ./e2e || status=1
 guest() {
 	CGO_ENABLED=0 go test -c -tags guest -o build/guest/kernel.test ./pkg/kernel || return 1
 	e2e/guest.sh build/guest/kernel.test -test.v -test.run '^TestGuest$' 2>&1 | tee -a $log |
-		{ grep --line-buffered -E '^(PASS|FAIL|panic:)|--- (PASS|FAIL|SKIP)' || true; }
+		{ grep --line-buffered -E '^(PASS|FAIL|panic:|guest:)|--- (PASS|FAIL|SKIP)|No such file' || true; }
 	return "${PIPESTATUS[0]}"
 }
 echo "in a QEMU guest, what this kernel may lack: IPIP, WireGuard"

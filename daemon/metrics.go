@@ -16,7 +16,7 @@ type metrics struct {
 	failures prometheus.Counter
 	drifts   *prometheus.CounterVec
 	renewals *prometheus.CounterVec
-	podLinks prometheus.Counter
+	handed   prometheus.Counter
 	swept    prometheus.Counter
 }
 
@@ -35,11 +35,11 @@ func newMetrics(d *Daemon) *metrics {
 		failures: prometheus.NewCounter(prometheus.CounterOpts{Name: "twill_failures_total", Help: "Changes that the kernel refused."}),
 		drifts:   prometheus.NewCounterVec(prometheus.CounterOpts{Name: "twill_drifts_total", Help: "Objects of Twill's that somebody else changed and Twill repaired."}, []string{"kind"}),
 		renewals: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "twill_lease_renewals_total", Help: "Renewals of this node's lease."}, []string{"result"}),
-		podLinks: prometheus.NewCounter(prometheus.CounterOpts{Name: "twill_pod_links_deleted_total", Help: "Links that the CNI plugin handed over and the daemon deleted."}),
+		handed:   prometheus.NewCounter(prometheus.CounterOpts{Name: "twill_pods_handed_over_total", Help: "Pods whose links the CNI plugin has handed over to be deleted."}),
 		swept:    prometheus.NewCounter(prometheus.CounterOpts{Name: "twill_swept_total", Help: "Attachments, addresses and rules of dead pods that nobody had called DEL for, and host ports restored."}),
 	}
 	m.registry.MustRegister(
-		m.passes, m.seconds, m.apply, m.failures, m.drifts, m.renewals, m.podLinks, m.swept,
+		m.passes, m.seconds, m.apply, m.failures, m.drifts, m.renewals, m.handed, m.swept,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "twill_build_info", Help: "1, with the version as a label.",

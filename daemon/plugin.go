@@ -66,11 +66,17 @@ func (d *Daemon) servePlugin(ctx context.Context) error {
 		}
 		// Of a plugin that was killed nothing comes, which must not hold the others up.
 		answers.Go(func() {
-			if err := pod.Answer(conn, d.unready, func() { d.podBell.ring("collect") }); err != nil {
+			if err := pod.Answer(conn, d.unready, d.collect); err != nil {
 				d.log.Debug("question of the plugin not answered", "error", err)
 			}
 		})
 	}
+}
+
+// collect is what the plugin asks for when it has handed a pod's links over.
+func (d *Daemon) collect() {
+	d.metrics.handed.Inc()
+	d.podBell.ring("collect")
 }
 
 // tidy deletes the links that the plugin handed over, and from time to time looks for
@@ -123,9 +129,7 @@ func (d *Daemon) keepPorts(ctx context.Context) error {
 }
 
 func (d *Daemon) collectLinks() {
-	n, err := pod.DeleteDoomed()
-	d.metrics.podLinks.Add(float64(n))
-	if err != nil {
+	if err := pod.DeleteDoomed(); err != nil {
 		d.log.Error("links of pods not deleted", "error", err)
 	}
 }

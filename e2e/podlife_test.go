@@ -46,14 +46,10 @@ func TestManyDeleted(t *testing.T) {
 	if got := n.shell(t, podState); got != "" {
 		t.Errorf("left:\n%s", got)
 	}
-	var links float64
-	if Eventually(ctx, func() bool {
-		var err error
-		links, err = n.Metric("twill_pod_links_deleted_total")
-		must(t, err)
-		return links == 40
-	}) != nil {
-		t.Errorf("the daemon says that it deleted %.0f links, want 40", links)
+	handed, err := n.Metric("twill_pods_handed_over_total")
+	must(t, err)
+	if handed != 40 {
+		t.Errorf("the daemon says that it was handed %.0f pods, want 40", handed)
 	}
 	must(t, n.WaitInSync(ctx))
 	if d := drifts(t, n); len(d) > 0 {

@@ -96,17 +96,16 @@ func deleteLink(h *netlink.Handle, l netlink.Link) error {
 	return nil
 }
 
-// DeleteDoomed deletes the links that DEL handed over, all in one request, and
-// returns how many there were.
-func DeleteDoomed() (int, error) {
+// DeleteDoomed deletes the links that DEL handed over, all in one request.
+func DeleteDoomed() error {
 	h, err := openNetlink()
 	if err != nil {
-		return 0, err
+		return err
 	}
 	defer h.Close()
 	all, err := complete(h.LinkList)
 	if err != nil {
-		return 0, fmt.Errorf("list links: %w", err)
+		return fmt.Errorf("list links: %w", err)
 	}
 	var ours []netlink.Link
 	foreign := false
@@ -121,17 +120,17 @@ func DeleteDoomed() (int, error) {
 		}
 	}
 	if len(ours) == 0 {
-		return 0, nil
+		return nil
 	}
 	if !foreign {
-		return len(ours), deleteGroup(doomedGroup)
+		return deleteGroup(doomedGroup)
 	}
 	// Somebody else uses the number, too.
 	var errs error
 	for _, l := range ours {
 		errs = errors.Join(errs, deleteLink(h, l))
 	}
-	return len(ours), errs
+	return errs
 }
 
 func deleteGroup(group uint32) error {

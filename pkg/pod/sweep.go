@@ -54,8 +54,7 @@ func (s *Sweeper) Sweep(ctx context.Context) (done []string, err error) {
 		did, err := step()
 		done, errs = append(done, did...), errors.Join(errs, err)
 	}
-	_, err = DeleteDoomed()
-	return done, errors.Join(errs, err)
+	return done, errors.Join(errs, DeleteDoomed())
 }
 
 // config is what takes a pod of a network apart.

@@ -41,7 +41,7 @@ demo: deps build ## three hosts, an etcd, pods: see packets cross, and the backe
 	@TWILL_BIN_DIR=$(BIN) $(BIN)/lab demo $(if $(KEEP),--keep)
 
 .PHONY: test
-test: test-deps lint build ## lint and all tests, with the race detector, on real kernels and etcd
+test: test-deps lint build ## lint and all tests, with the race detector where goroutines are, on real kernels and etcd
 	@e2e/test.sh
 
 .PHONY: bench

@@ -14,8 +14,8 @@ import (
 // On a node that changes from bridged pods to routed ones, or has both, a bridged pod
 // takes the whole subnet to be on its link, and asks there for a routed pod's MAC. The
 // bridge answers: by proxy ARP, which follows the routes, and by an entry for each
-// IPv6 address, without which the
-// kernel answers nothing (proxy NDP, RFC 4861 section 7.2.8).
+// IPv6 address, without which the kernel answers nothing (proxy NDP, RFC 4861 section
+// 7.2.8).
 
 // answerForRouted has the bridge answer for a routed pod, if there is a bridge.
 func (w *wiring) answerForRouted(h *netlink.Handle, addrs []netip.Addr) error {

@@ -336,7 +336,7 @@ func (w *wiring) openPorts(at attachment, addrs []ipam.Address, link string) err
 	if err := e.Validate(); err != nil {
 		return fail(types.ErrInvalidNetworkConfig, "runtimeConfig.portMappings: %v", err)
 	}
-	if err := w.localnet(link); err != nil {
+	if err := writeSysctls(host(nil), w.localnet(link)); err != nil {
 		return err
 	}
 	err := w.portmap().Add(context.Background(), e)
@@ -352,11 +352,11 @@ func (w *wiring) openPorts(at attachment, addrs []ipam.Address, link string) err
 
 // localnet lets 127.0.0.1 on the host reach pods, which a host port of every IPv4
 // address includes.
-func (w *wiring) localnet(link string) error {
+func (w *wiring) localnet(link string) []sysctl {
 	if w.Mode == Bridged {
 		link = w.Bridge
 	}
-	return writeSysctls(host(nil), []sysctl{{"ipv4/conf/" + link + "/route_localnet", "1"}})
+	return []sysctl{{"ipv4/conf/" + link + "/route_localnet", "1"}}
 }
 
 // result tells the runtime what was made. The pod's own link is the last.

@@ -50,6 +50,7 @@ func Check(args *skel.CmdArgs) error {
 	k := &checker{wiring: w, at: at, host: host(h), pod: s.place()}
 	k.ends()
 	k.bridge()
+	k.answers()
 	k.ports()
 	k.reservations()
 	if len(k.found) > 0 {
@@ -205,6 +206,31 @@ func (k *checker) ports() {
 		k.differs("check the host ports: %v", err)
 	}
 	k.found = append(k.found, list...)
+	k.found = append(k.found, sysctlDifferences(k.host, k.localnet(e.HostLink))...)
+}
+
+// answers checks that bridged pods of the node, if there are any, find a routed one.
+func (k *checker) answers() {
+	if k.Mode != Routed {
+		return
+	}
+	br, err := k.host.nl.LinkByName(k.Bridge)
+	if isNotFound(err) {
+		return
+	}
+	var have []netlink.Neigh
+	if err == nil {
+		have, err = complete(func() ([]netlink.Neigh, error) { return k.host.nl.NeighProxyList(br.Attrs().Index, netlink.FAMILY_V6) })
+	}
+	if err != nil {
+		k.differs("list the proxy neighbours of %s: %v", k.Bridge, err)
+		return
+	}
+	for _, a := range resultAddrs(k.PrevResult) {
+		if a.Is6() && !slices.ContainsFunc(have, func(n netlink.Neigh) bool { return n.IP.Equal(a.AsSlice()) }) {
+			k.differs("the bridge %s does not answer for %s", k.Bridge, a)
+		}
+	}
 }
 
 func (k *checker) reservations() {

@@ -280,3 +280,22 @@ func (h *host) awaitGone(id string, t *testing.T) {
 		return true
 	})
 }
+
+// CHECK looks at what a host port takes beside the rules.
+func TestCheckHostPort(t *testing.T) {
+	h, p := newHost(t), newNamespace(t)
+	ports := map[string]any{"portMappings": []any{map[string]any{"hostPort": 8080, "containerPort": 80, "protocol": "tcp"}}}
+	h.conf["firewall"], h.conf["runtimeConfig"] = "nftables", ports
+	with := func(c call) call { c.env = []string{"PATH=" + os.Getenv("PATH")}; return c }
+	out := h.must(with(add("c", p)))
+	check := with(call{verb: "CHECK", id: "c"}.on(p).with("prevResult", prev(t, out)))
+	h.must(check)
+	off := func() error {
+		return os.WriteFile("/proc/sys/net/ipv4/conf/cni0/route_localnet", []byte("0"), 0o644)
+	}
+	if err := h.do(off); err != nil {
+		t.Fatal(err)
+	}
+	h.fails(check, pod.ErrDiffers, "sysctl net/ipv4/conf/cni0/route_localnet is 0, not 1")
+	h.must(with(del("c", p)))
+}

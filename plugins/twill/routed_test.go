@@ -97,10 +97,11 @@ func (n *namespace) hasLink(name string) bool {
 func TestMixedModes(t *testing.T) {
 	h := newHost(t)
 	h.forwards()
-	results, pods := map[string][]netip.Addr{}, map[string]*namespace{}
+	results, pods, outs := map[string][]netip.Addr{}, map[string]*namespace{}, map[string][]byte{}
 	for _, p := range []struct{ id, mode string }{{"r1", "routed"}, {"b1", "bridged"}, {"r2", "routed"}, {"b2", "bridged"}} {
 		pods[p.id] = newNamespace(t)
-		res := h.attach(add(p.id, pods[p.id]).with("mode", p.mode))
+		outs[p.id] = h.must(add(p.id, pods[p.id]).with("mode", p.mode))
+		res := h.result(call{}, outs[p.id])
 		results[p.id] = []netip.Addr{addrOf(res, 0), addrOf(res, 1)}
 	}
 	for from, ns := range pods {
@@ -110,6 +111,15 @@ func TestMixedModes(t *testing.T) {
 				mustPing(t, ns, addrs[1], 100)
 			}
 		}
+	}
+	for _, id := range []string{"r1", "r2"} {
+		check := call{verb: "CHECK", id: id}.on(pods[id]).with("mode", "routed").with("prevResult", prev(t, outs[id]))
+		h.must(check)
+		proxy := &netlink.Neigh{LinkIndex: h.link("cni0").Attrs().Index, Family: netlink.FAMILY_V6, IP: results[id][1].AsSlice(), Flags: netlink.NTF_PROXY}
+		if err := h.nl.NeighDel(proxy); err != nil {
+			t.Fatal(err)
+		}
+		h.fails(check, pod.ErrDiffers, "the bridge cni0 does not answer for "+results[id][1].String())
 	}
 	for id := range pods {
 		h.must(call{verb: "DEL", id: id})

@@ -45,12 +45,14 @@ func (c *Config) handOver(h *netlink.Handle, links []netlink.Link) error {
 	}
 	defer daemon.close()
 	for _, l := range links {
-		if err := h.LinkSetGroup(l, doomedGroup); err != nil {
-			return err
+		err := h.LinkSetGroup(l, doomedGroup)
+		if err == nil {
+			// In this order: any change of a link has the bridge enable a port again
+			// that has a carrier.
+			err = cutOff(l)
 		}
-		// In this order: any change of a link has the bridge enable a port again that
-		// has a carrier.
-		if err := cutOff(l); err != nil {
+		// With the group it may go at once, when the daemon collects another pod's.
+		if err != nil && !errors.Is(err, unix.ENODEV) {
 			return err
 		}
 	}

@@ -178,6 +178,12 @@ func TestNetworkChanges(t *testing.T) {
 			// Nodes draw theirs from the first hundred. This one is in the way.
 			other := overlay.Subnets{V4: netip.MustParsePrefix("10.5.222.0/24"), V6: netip.MustParsePrefix("fd00:5:0:222::/64")}
 			must(t, putLease(ctx, c, Prefix+"/subnets/"+other.Key(), `{"PublicIP": "198.51.100.122", "PublicIPv6": "2001:db8:51::122", "BackendType": "host-gw"}`))
+			for _, n := range c.Nodes { // the comparison begins behind it
+				must(t, Eventually(ctx, func() bool {
+					dump, err := n.dumpKernel()
+					return err == nil && strings.Contains(dump, other.V4.String()) && strings.Contains(dump, other.V6.String())
+				}))
+			}
 			s.refused(t, network("10.5.0.0/17", "fd00:4::/31"), "network shrinks from 10.4.0.0/15 to 10.5.0.0/17", other.Key())
 			_, err := c.Etcd.Client().Delete(ctx, Prefix+"/subnets/"+other.Key())
 			must(t, err)

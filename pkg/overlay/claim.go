@@ -33,9 +33,10 @@ const (
 	Create            // make Lease's key, which must not exist
 	Update            // write Lease's attributes over the revision Lease.Modified
 	Remove            // delete the key at the revision Lease.Modified
+	Announce          // say that the node's network is up
 )
 
-func (a Act) String() string { return [...]string{"hold", "create", "update", "remove"}[a] }
+func (a Act) String() string { return [...]string{"hold", "create", "update", "remove", "announce"}[a] }
 
 // Step is one write to the store and why it is made.
 type Step struct {

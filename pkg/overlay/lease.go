@@ -15,6 +15,8 @@ import (
 type Lease struct {
 	Subnets
 	Attrs
+	// Node is the name of the node, where the store knows it: in Kubernetes.
+	Node string
 	// Err is set if the key names a subnet but the value does not parse. The
 	// subnet is taken all the same.
 	Err error
@@ -33,7 +35,7 @@ func (l *Lease) holder() string {
 	if l.Err != nil {
 		return l.Key() + ", whose value does not parse"
 	}
-	return l.Key() + " of " + l.address().String()
+	return l.Key() + " of " + cmp.Or(l.Node, l.address().String())
 }
 
 // Attrs is what a node publishes: the value of its lease. Comparable.
@@ -114,13 +116,14 @@ func keyPrefix(text string, f Family) (netip.Prefix, error) {
 	return p, nil
 }
 
-// Key is the inverse of ParseKey.
+// Key is the inverse of ParseKey. Subnets of IPv6 alone, which etcd's keys cannot
+// name, have just their second half.
 func (n Subnets) Key() string {
-	s := fmt.Sprintf("%s-%d", n.V4.Addr(), n.V4.Bits())
-	if n.V6.IsValid() {
-		s += fmt.Sprintf("&%s-%d", n.V6.Addr(), n.V6.Bits())
+	var parts []string
+	for _, p := range n.All() {
+		parts = append(parts, fmt.Sprintf("%s-%d", p.Addr(), p.Bits()))
 	}
-	return s
+	return strings.Join(parts, "&")
 }
 
 // ParseAttrs reads the value of a lease.
@@ -129,6 +132,10 @@ func ParseAttrs(value []byte) (Attrs, error) {
 	if err := json.Unmarshal(value, &v); err != nil {
 		return Attrs{}, fmt.Errorf("value is not a lease: %w", err)
 	}
+	return v.attrs()
+}
+
+func (v leaseValue) attrs() (Attrs, error) {
 	a := Attrs{Backend: v.BackendType, Data: compact(v.Data), DataV6: compact(v.DataV6)}
 	var err error
 	if a.PublicIP, err = publicIP("PublicIP", v.PublicIP, IPv4); err != nil {
@@ -144,6 +151,34 @@ func ParseAttrs(value []byte) (Attrs, error) {
 		return Attrs{}, err
 	}
 	return a, nil
+}
+
+// Fields are Attrs as text, each by itself: a node's annotations.
+type Fields struct{ PublicIP, PublicIPv6, Backend, Data, DataV6 string }
+
+// ParseFields reads the annotations of a node. flannel writes absent data as null.
+func ParseFields(f Fields) (Attrs, error) {
+	for name, data := range map[string]string{"BackendData": f.Data, "BackendV6Data": f.DataV6} {
+		if data != "" && !json.Valid([]byte(data)) {
+			return Attrs{}, fmt.Errorf("%s: %.40q is not JSON", name, data)
+		}
+	}
+	return leaseValue{
+		PublicIP: &f.PublicIP, PublicIPv6: &f.PublicIPv6, BackendType: f.Backend,
+		Data: json.RawMessage(f.Data), DataV6: json.RawMessage(f.DataV6),
+	}.attrs()
+}
+
+// Fields is the inverse of ParseFields. What a does not say is empty.
+func (a Attrs) Fields() Fields {
+	f := Fields{Backend: a.Backend, Data: a.Data, DataV6: a.DataV6}
+	if a.PublicIP.IsValid() {
+		f.PublicIP = a.PublicIP.String()
+	}
+	if a.PublicIPv6.IsValid() {
+		f.PublicIPv6 = a.PublicIPv6.String()
+	}
+	return f
 }
 
 // parseData decodes the backend's data.
@@ -252,6 +287,9 @@ func (v VTEP) data() string {
 // compact returns JSON as Value writes it, so that what is read and what is to
 // be written compare with ==.
 func compact(raw json.RawMessage) string {
+	if len(raw) == 0 {
+		return ""
+	}
 	b, err := json.Marshal(raw)
 	if err != nil || string(b) == "null" {
 		return ""

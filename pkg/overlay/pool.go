@@ -12,6 +12,9 @@ type Pool struct {
 	Network   netip.Prefix
 	SubnetLen int
 	Min, Max  netip.Addr // first and last subnet, by network address
+	// Assigned says that nodes are given their subnets from outside, as Kubernetes
+	// does: any subnet of the network is good then.
+	Assigned bool
 }
 
 // Enabled reports whether the family is in use.
@@ -26,6 +29,10 @@ func (p Pool) Check(s netip.Prefix) error {
 		return fmt.Errorf("subnet %s is of a family that the configuration turns off", s)
 	case !s.IsValid():
 		return fmt.Errorf("there is no subnet of network %s", p.Network)
+	case p.Assigned:
+		if s.Bits() <= p.Network.Bits() || !p.Network.Contains(s.Addr()) {
+			return fmt.Errorf("subnet %s does not lie in network %s", s, p.Network)
+		}
 	case s.Bits() != p.SubnetLen:
 		return fmt.Errorf("subnet %s has not the prefix length %d of the configuration", s, p.SubnetLen)
 	case s.Addr().Less(p.Min) || p.Max.Less(s.Addr()):

@@ -12,9 +12,23 @@ type Snapshot struct {
 	// Leases are sorted by Subnets.Compare. A Lease is never changed once it is
 	// in a Snapshot: one that changed is another pointer.
 	Leases []*Lease
+	// Taken are subnets that no lease names and that are not free.
+	Taken []Subnets
+	// Node is what a store that knows nodes by name says of this one.
+	Node NodeFacts
 	// Problems names what the store holds and the Snapshot does not: keys that
 	// do not parse, a new config that was refused.
 	Problems []Problem
+}
+
+// NodeFacts is what the Kubernetes API says of this node, beside its lease.
+type NodeFacts struct {
+	Missing bool // there is no such node
+	// PublicIP and PublicIPv6 were set by the operator and go before what the
+	// node finds out itself; zero: not set.
+	PublicIP, PublicIPv6 netip.Addr
+	// Unavailable asks for Announce: the node is not known to have a network.
+	Unavailable bool
 }
 
 // Problem is something wrong that stops one object and nothing else.

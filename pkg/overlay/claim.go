@@ -29,11 +29,11 @@ type Act uint8
 
 // The acts.
 const (
-	Hold   Act = iota // nothing: the lease is as it should be
-	Create            // make Lease's key, which must not exist
-	Update            // write Lease's attributes over the revision Lease.Modified
-	Remove            // delete the key at the revision Lease.Modified
-	Announce          // say that the node's network is up
+	Hold     Act = iota // nothing: the lease is as it should be
+	Create              // make Lease's key, which must not exist
+	Update              // write Lease's attributes over the revision Lease.Modified
+	Remove              // delete the key at the revision Lease.Modified
+	Announce            // say that the node's network is up
 )
 
 func (a Act) String() string { return [...]string{"hold", "create", "update", "remove", "announce"}[a] }

@@ -203,7 +203,7 @@ func Desired(snap *Snapshot, self Self) (State, []Problem) {
 		nodes := d.nodes(peers, f)
 		for _, l := range ordered(peers, f) {
 			if err := d.peer(carriers, l, f, nodes); err != nil {
-				d.problem("lease "+l.Key(), "", "%s peer %s: %v", f, l.address(), err)
+				d.problem(l.object(), "", "%s peer %s: %v", f, l.address(), err)
 			}
 		}
 	}
@@ -264,7 +264,7 @@ func (d *draft) peers(leases []*Lease) []*Lease {
 	lost := losers(d.cfg, leases)
 	out := make([]*Lease, 0, len(leases))
 	for _, l := range leases {
-		problem := func(remedy, format string, args ...any) { d.problem("lease "+l.Key(), remedy, format, args...) }
+		problem := func(remedy, format string, args ...any) { d.problem(l.object(), remedy, format, args...) }
 		own, winner := l.Subnets == d.self.Subnets, lost[l]
 		switch {
 		case winner != nil && own:
@@ -273,10 +273,10 @@ func (d *draft) peers(leases []*Lease) []*Lease {
 			problem("the node takes another subnet by itself if it runs twilld; else delete its key", "overlaps a lease with the better claim: %s", winner.holder())
 		case own:
 		case l.Err != nil:
-			problem("restart the node's daemon or correct the key's value", "%v", l.Err)
-		case l.Backend == "" && l.Reserved(): // nobody lives there yet
+			problem("restart the node's daemon, which writes it anew, or correct the value", "%v", l.Err)
+		case l.Backend == "" && l.Reserved() && l.Node == "": // nobody lives there yet
 		case l.address() == d.self.address():
-			problem("delete the key, or give one of the nodes another address", "says that its node is at %s, which is this node's address", l.address())
+			problem(cmp.Or(l.deleteNode(), "delete the key")+", or give one of the nodes another address", "says that its node is at %s, which is this node's address", l.address())
 		default:
 			out = append(out, l)
 		}

@@ -70,6 +70,32 @@ func elsewhere(l *Lease) {
 	}
 }
 
+func inKubernetes(l *Lease) {
+	l.Node, l.Grant = fmt.Sprintf("n%d", l.V4.Addr().As4()[2]), 0
+}
+
+func only6JSON(backend string) string {
+	return `{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{` + backend + `}}`
+}
+
+func without4(s *Self) {
+	s.Subnets.V4, s.PublicIP, s.Uplink.V4 = netip.Prefix{}, netip.Addr{}, netip.Addr{}
+}
+
+// only6 are two peers, of which the second is on another link.
+func only6(backend string) []Lease {
+	out := []Lease{peerLease("10.5.2.0-24&fd00:5:0:2::-64", 2), peerLease("10.5.3.0-24&fd00:5:0:3::-64", 3, elsewhere)}
+	for i := range out {
+		l := &out[i]
+		inKubernetes(l)
+		l.V4, l.PublicIP, l.VTEP = netip.Prefix{}, netip.Addr{}, VTEP{}
+		if backend != "" {
+			l.Backend, l.VTEPv6 = strings.TrimPrefix(backend, "udp"), VTEP{}
+		}
+	}
+	return out
+}
+
 func vxlanJSON(settings string) string {
 	return `{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan",` + settings + `}}`
 }
@@ -141,6 +167,15 @@ func scenes() []scene {
 		}},
 		{name: "own subnet overlapped", config: v4JSON, leases: []Lease{peerLease("10.5.1.0-24&fd00:5:0:2::-64", 2, func(l *Lease) { l.Created = 1 })}},
 		{name: "own subnet overlapped by a younger one", config: v4JSON, leases: []Lease{peerLease("10.5.1.128-25", 2)}},
+		{name: "IPv6 alone", config: only6JSON(`"Type":"vxlan","Port":4789`), self: without4, leases: only6("")},
+		{name: "IPv6 alone by host-gw", config: only6JSON(`"Type":"host-gw"`), self: without4, leases: only6("host-gw")},
+		{name: "IPv6 alone by udp", config: only6JSON(`"Type":"udp"`), self: without4, leases: only6("udp")},
+		{name: "nodes of Kubernetes", config: v4JSON, leases: []Lease{
+			peerLease("10.5.2.0-24", 2, inKubernetes),
+			peerLease("10.5.3.0-24", 3, inKubernetes, func(l *Lease) { l.Err = fmt.Errorf("PublicIP: garbage") }),
+			peerLease("10.5.4.0-24", 1, inKubernetes), // this one, under its former name
+			peerLease("10.5.5.0-24", 5, inKubernetes, func(l *Lease) { l.Backend = "" }),
+		}},
 		{name: "own lease lacks IPv6", config: dualJSON, leases: twoDual, self: func(s *Self) { s.Subnets = subnetsOf("10.5.1.0-24") }},
 	}...)
 }

@@ -30,6 +30,22 @@ type Lease struct {
 // Reserved reports whether the lease never expires.
 func (l *Lease) Reserved() bool { return l.Grant == 0 }
 
+// object names the lease, or its node where that has a name, in a Problem.
+func (l *Lease) object() string {
+	if l.Node != "" {
+		return "node " + l.Node
+	}
+	return "lease " + l.Key()
+}
+
+// deleteNode is how to take a Node away, where the leases are Nodes.
+func (l *Lease) deleteNode() string {
+	if l.Node == "" {
+		return ""
+	}
+	return "if the node is gone or has another name now, kubectl delete node " + l.Node
+}
+
 // holder names the lease and its node.
 func (l *Lease) holder() string {
 	if l.Err != nil {

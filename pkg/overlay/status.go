@@ -34,7 +34,8 @@ type Status struct {
 
 // StoreStatus is the state of the connection to the lease store.
 type StoreStatus struct {
-	Kind      string    `json:"kind"` // etcd
+	Kind      string    `json:"kind"`           // etcd or kubernetes
+	Node      string    `json:"node,omitempty"` // this node's name, where the store knows nodes by name
 	Endpoints []string  `json:"endpoints"`
 	Prefix    string    `json:"prefix"`
 	Connected bool      `json:"connected"`

@@ -18,32 +18,14 @@ import (
 // Cleanup removes all that is Twill's from the node's network and nothing else,
 // and prints each thing. It runs while no twilld does.
 func Cleanup(ctx context.Context, cfg Config, out io.Writer, log *slog.Logger) error {
-	lock, err := lockNamespace()
+	r, err := newRemover(out, log)
 	if err != nil {
 		return err
 	}
-	defer lock.Close()
-	k, err := kernel.Open(kernel.Options{Log: log})
+	defer r.close()
+	errs, err := r.remove(ctx, func(s overlay.State) (have, want overlay.State) { return s, overlay.State{} })
 	if err != nil {
-		return fmt.Errorf("open the kernel's network interfaces: %w; --cleanup needs CAP_NET_ADMIN", err)
-	}
-	defer k.Close()
-	have, err := k.Observe(ctx, kernel.Scope{})
-	if err != nil {
-		return fmt.Errorf("read the kernel's state: %w", err)
-	}
-	plan, _ := overlay.Diff(ours(have), overlay.State{})
-	failed := map[string]error{}
-	for _, f := range k.Apply(ctx, plan) {
-		failed[f.Op.String()] = f.Err
-	}
-	var errs []error
-	for _, op := range plan {
-		if err := failed[op.String()]; err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", op, err))
-			continue
-		}
-		fmt.Fprintln(out, op)
+		return err
 	}
 	if err := pod.CloseHostPorts(ctx, cfg.CNIDataDir); err != nil {
 		errs = append(errs, err)
@@ -65,10 +47,98 @@ func Cleanup(ctx context.Context, cfg Config, out io.Writer, log *slog.Logger) e
 			errs = append(errs, err)
 		}
 	}
-	if len(plan) == 0 && !bridge && len(errs) == 0 {
+	if r.removed == 0 && !bridge && len(errs) == 0 {
 		fmt.Fprintln(out, "nothing of Twill's is in the kernel")
 	}
 	return errors.Join(errs...)
+}
+
+// HandBack lets go of a node on which flannel runs again: it removes what flannel
+// does not replace, and nothing that carries packets. The devices lose Twill's alias,
+// so that they are flannel's.
+func HandBack(ctx context.Context, out io.Writer, log *slog.Logger) error {
+	r, err := newRemover(out, log)
+	if err != nil {
+		return err
+	}
+	defer r.close()
+	errs, err := r.remove(ctx, besidesForwarding)
+	if err != nil {
+		return err
+	}
+	if r.removed == 0 && len(errs) == 0 {
+		fmt.Fprintln(out, "nothing of Twill's is in flannel's way")
+	}
+	return errors.Join(errs...)
+}
+
+// besidesForwarding leaves out what packets depend on: a nexthop object takes its
+// routes along.
+func besidesForwarding(s overlay.State) (have, want overlay.State) {
+	used := map[uint32]bool{}
+	for _, r := range s.Routes {
+		used[r.NH] = true
+	}
+	have = overlay.State{Links: s.Links, Chains: s.Chains}
+	for _, n := range s.Nexthops {
+		if !used[n.ID] {
+			have.Nexthops = append(have.Nexthops, n)
+		}
+	}
+	for _, l := range s.Links {
+		l.Alias = ""
+		want.Links = append(want.Links, l)
+	}
+	return have, want
+}
+
+// remover takes things out of the kernel and prints them. It holds the node's lock,
+// so no twilld runs.
+type remover struct {
+	lock    io.Closer
+	kernel  *kernel.Kernel
+	out     io.Writer
+	removed int
+}
+
+func newRemover(out io.Writer, log *slog.Logger) (*remover, error) {
+	lock, err := lockNamespace()
+	if err != nil {
+		return nil, err
+	}
+	k, err := kernel.Open(kernel.Options{Log: log})
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open the kernel's network interfaces: %w; this needs CAP_NET_ADMIN", err), lock.Close())
+	}
+	return &remover{lock: lock, kernel: k, out: out}, nil
+}
+
+func (r *remover) close() {
+	r.kernel.Close()
+	r.lock.Close()
+}
+
+// remove makes the changes between what choose returns of all that is ours. errs are
+// changes that could not be made; err says that nothing was.
+func (r *remover) remove(ctx context.Context, choose func(overlay.State) (have, want overlay.State)) (errs []error, err error) {
+	state, err := r.kernel.Observe(ctx, kernel.Scope{})
+	if err != nil {
+		return nil, fmt.Errorf("read the kernel's state: %w", err)
+	}
+	plan, _ := overlay.Diff(choose(ours(state)))
+	failed := map[string]error{}
+	for _, f := range r.kernel.Apply(ctx, plan) {
+		failed[f.Op.String()] = f.Err
+	}
+	for _, op := range plan {
+		if err := failed[op.String()]; err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", op, err))
+			continue
+		}
+		r.removed++
+		fmt.Fprintln(r.out, op)
+	}
+	return errs, nil
 }
 
 // ours leaves out what Observe shows because Twill would adopt it: what stands

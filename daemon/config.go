@@ -22,7 +22,11 @@ import (
 
 // Config is what the flags and environment say, validated.
 type Config struct {
+	// The leases are in the Kubernetes API, at Kube, or in etcd.
+	Kubernetes bool
+	Kube       store.KubeConfig
 	Etcd       store.EtcdConfig
+
 	Uplink     overlay.UplinkRules // without the families, which the network configuration sets
 	PublicIP   netip.Addr          // override; zero: the uplink's
 	PublicIPv6 netip.Addr
@@ -47,8 +51,9 @@ type Config struct {
 	LogLevel    slog.Level
 	LogJSON     bool
 
-	Cleanup bool // remove what is ours and exit
-	Version bool // print the version and exit
+	Cleanup  bool // remove what is ours and exit
+	HandBack bool // remove what is in flannel's way and exit
+	Version  bool // print the version and exit
 }
 
 // HandoffFile is where the CNI plugin reads what it needs: beside subnet.env.
@@ -83,6 +88,8 @@ func ParseConfig(args []string, getenv func(string) string, stderr io.Writer) (C
 	if file := getenv("WIREGUARD_KEY_FILE"); file != "" { // flannel's name of it
 		f.c.WireGuardKey = file
 	}
+	f.c.Kube.NodeName = getenv("NODE_NAME")
+	f.c.Kube.PodName, f.c.Kube.PodNamespace = getenv("POD_NAME"), getenv("POD_NAMESPACE")
 	return f.config()
 }
 
@@ -149,9 +156,6 @@ func (f *flags) uplink(bad *badFlags) overlay.UplinkRules {
 // config validates the flags.
 func (f *flags) config() (Config, error) {
 	c := f.c
-	if f.kubeSubnetMgr {
-		return c, errors.New("--kube-subnet-mgr: this version of Twill keeps leases in etcd alone; remove the flag and give --etcd-endpoints")
-	}
 	var bad badFlags
 	c.Etcd.Endpoints = strings.Split(f.endpoints, ",")
 	c.Etcd.TTL = leaseTTL

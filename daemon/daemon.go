@@ -16,7 +16,6 @@ import (
 
 	"github.com/twill-net/twill/pkg/kernel"
 	"github.com/twill-net/twill/pkg/overlay"
-	"github.com/twill-net/twill/pkg/store"
 )
 
 // Daemon holds the parts of twilld and what they tell each other. Only the
@@ -27,7 +26,7 @@ type Daemon struct {
 	log     *slog.Logger
 	started time.Time
 
-	store      *store.Etcd
+	store      leaseStore
 	kernel     *kernel.Kernel
 	bgp        *bgp
 	paths      *pathProber
@@ -81,9 +80,7 @@ func Run(ctx context.Context, cfg Config, version string, log *slog.Logger) erro
 	d.bgp = &bgp{Daemon: d, bell: newBell()}
 	d.paths = newPathProber(log, d.storeBell.ring)
 	d.extensions = newExtensions(d)
-	etcd := cfg.Etcd
-	etcd.Log = log
-	if d.store, err = store.OpenEtcd(etcd); err != nil {
+	if d.store, err = openStore(cfg, log); err != nil {
 		return err
 	}
 	defer d.store.Close()
@@ -95,7 +92,8 @@ func Run(ctx context.Context, cfg Config, version string, log *slog.Logger) erro
 	if err != nil {
 		return err
 	}
-	log.Info("started", "version", version, "etcd", cfg.Etcd.Endpoints, "prefix", cfg.Etcd.Prefix)
+	from := d.store.Status()
+	log.Info("started", "version", version, "store", from.Kind, "endpoints", from.Endpoints, "prefix", from.Prefix)
 
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.forever(ctx, "watch store", d.watchStore) })

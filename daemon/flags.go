@@ -20,7 +20,7 @@ type flags struct {
 	renewMargin                    int
 	healthIP                       string
 	healthPort, resync, verbosity  int
-	noRandomFully, kubeSubnetMgr   bool
+	noRandomFully                  bool
 	logLevel, logFormat            string
 	asNumber                       uint64
 	reflector                      bool
@@ -63,6 +63,14 @@ func newFlags() *flags {
 	s.StringVar(&c.Etcd.Username, "etcd-username", "", "etcd user `name`")
 	s.StringVar(&c.Etcd.Password, "etcd-password", "", "etcd `password`; better in FLANNELD_ETCD_PASSWORD")
 
+	s.BoolVar(&c.Kubernetes, "kube-subnet-mgr", false, "keep leases in the Kubernetes API: each Node's podCIDRs and annotations; NODE_NAME, or POD_NAME and POD_NAMESPACE, in the environment say which Node this is")
+	s.StringVar(&c.Kube.APIURL, "kube-api-url", "", "`URL` of the Kubernetes API; goes before that of --kubeconfig-file")
+	s.StringVar(&c.Kube.Kubeconfig, "kubeconfig-file", "", "kubeconfig `file`; without it and --kube-api-url, twilld uses its pod's service account")
+	s.StringVar(&c.Kube.AnnotationPrefix, "kube-annotation-prefix", "flannel.alpha.coreos.com", "`prefix` of the annotations")
+	s.StringVar(&c.Kube.NetConfig, "net-config-path", "/etc/kube-flannel/net-conf.json", "`file` with the network configuration; followed while twilld runs")
+	s.BoolVar(&c.Kube.SetNetworkUnavailable, "set-node-network-unavailable", true, "set the Node's condition NetworkUnavailable to False once packets find their way")
+	s.BoolVar(&c.Kube.Allocate, "kube-allocate-subnets", false, "take free subnets for a Node that has no podCIDRs; every twilld of the cluster must agree, and kube-controller-manager must not allocate")
+
 	s.Var(&f.iface, "iface", "uplink: interface `name` or address; repeat for second choices")
 	s.Var(regexes{&f.ifaceRegex}, "iface-regex", "uplink: `expression` over interface names and addresses; repeatable, after all --iface")
 	s.StringVar(&f.canReach, "iface-can-reach", "", "uplink: the interface that routes to this `address`")
@@ -94,6 +102,7 @@ func newFlags() *flags {
 	s.StringVar(&f.logLevel, "log-level", "info", "`level`: debug, info, warn or error")
 	s.StringVar(&f.logFormat, "log-format", "text", "`format`: text or json")
 	s.BoolVar(&c.Cleanup, "cleanup", false, "remove everything of Twill's from this node's network, print it, and exit")
+	s.BoolVar(&c.HandBack, "hand-back", false, "leave this node to flannel, which runs on it again: remove Twill's rules, and no packet is lost")
 	s.BoolVar(&c.Version, "version", false, "print the version and exit")
 
 	f.flannelOnly()
@@ -105,13 +114,6 @@ func newFlags() *flags {
 func (f *flags) flannelOnly() {
 	s := f.set
 	var text string
-	var yes bool
-	s.BoolVar(&f.kubeSubnetMgr, "kube-subnet-mgr", false, "")
-	s.StringVar(&text, "kube-api-url", "", "")
-	s.StringVar(&text, "kubeconfig-file", "", "")
-	s.StringVar(&text, "kube-annotation-prefix", "flannel.alpha.coreos.com", "")
-	s.StringVar(&text, "net-config-path", "/etc/kube-flannel/net-conf.json", "")
-	s.BoolVar(&yes, "set-node-network-unavailable", true, "")
 	s.IntVar(&f.verbosity, "v", 0, "")
 	s.StringVar(&text, "vmodule", "", "")
 	s.StringVar(&text, "log_backtrace_at", "", "")
@@ -120,11 +122,12 @@ func (f *flags) flannelOnly() {
 func (f *flags) usage(w io.Writer) {
 	fmt.Fprint(w, `twilld gives this node its share of the cluster's pod network.
 
-It leases a subnet in etcd, publishes how this node is reached, and programs the
+It leases a subnet in etcd or the Kubernetes API, publishes how this node is reached, and programs the
 kernel so that packets find every other node's pods. Stopping it stops no packet.
 
 Example:
   twilld --etcd-endpoints=http://127.0.0.1:2379 --ip-masq
+  NODE_NAME=node1 twilld --kube-subnet-mgr --kubeconfig-file=/etc/twill/kubeconfig --ip-masq
   twilld --cleanup
   twilld install-cni --help
 
@@ -141,6 +144,6 @@ Flags (each also as FLANNELD_NAME_IN_CAPITALS in the environment):
 		fmt.Fprintf(w, "  %s\n        %s\n", strings.TrimSpace("--"+fl.Name+" "+arg), usage)
 	})
 	fmt.Fprint(w, `
-flannel's flags for Kubernetes and klog are understood; -v=1 and above logs in detail.
+klog's flags are understood; -v=1 and above logs in detail.
 `)
 }

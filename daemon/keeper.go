@@ -14,6 +14,7 @@ import (
 type claim struct {
 	config overlay.Config
 	attrs  overlay.Attrs
+	ready  bool // the kernel is as the leases say
 }
 
 // keeper gets this node's lease and keeps it: it compares claim and Snapshot and
@@ -69,8 +70,7 @@ func (k *keeper) decide(ctx context.Context) time.Duration {
 	if want == nil || snap == nil || snap == k.acted {
 		return 0
 	}
-	c := overlay.Claim{Attrs: want.attrs, Prefer: k.prefer, Held: k.ours, Last: k.last}
-	step, err := c.Next(want.config, snap.Leases, rand.IntN)
+	step, err := k.next(want, snap)
 	if err != nil {
 		k.fail("no lease", err)
 		return retryPause * 10
@@ -78,6 +78,9 @@ func (k *keeper) decide(ctx context.Context) time.Duration {
 	if step.Act == overlay.Hold {
 		k.hold(step.Lease)
 		return 0
+	}
+	if step.Act == overlay.Announce {
+		k.hold(step.Lease)
 	}
 	k.log.Info("writing lease", "do", step.Act.String(), "lease", step.Lease.Key(), "why", step.Why)
 	if step.Act == overlay.Create {
@@ -100,6 +103,17 @@ func (k *keeper) decide(ctx context.Context) time.Duration {
 		k.prefer = step.Lease.Subnets // the family that still fits is kept
 	}
 	return retryPause
+}
+
+// next asks what is to be written. Kubernetes knows nodes by name, etcd by what
+// they publish.
+func (k *keeper) next(want *claim, snap *overlay.Snapshot) (overlay.Step, error) {
+	if k.cfg.Kubernetes {
+		c := overlay.NodeClaim{Node: k.store.Status().Node, Attrs: want.attrs, Allocate: k.cfg.Kube.Allocate, Prefer: k.prefer, Ready: want.ready}
+		return c.Next(want.config, snap, rand.IntN)
+	}
+	c := overlay.Claim{Attrs: want.attrs, Prefer: k.prefer, Held: k.ours, Last: k.last}
+	return c.Next(want.config, snap.Leases, rand.IntN)
 }
 
 // hold takes note that the store agrees with the claim.

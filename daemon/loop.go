@@ -188,7 +188,7 @@ func (l *loop) pass(ctx context.Context, why string, full bool) (changes int, fa
 		plan = plan.KeepRoutes()
 	}
 	if full {
-		l.clashes = append(l.clashes, refused...)
+		l.clashes = append(append(l.clashes, refused...), l.kernel.Problems()...)
 	}
 	l.logPlan(plan, why)
 	if len(plan) > 0 {
@@ -214,8 +214,10 @@ func (l *loop) pass(ctx context.Context, why string, full bool) (changes int, fa
 		o.retire(ctx, l.want)
 	}
 	l.applied = l.want
-	l.publish()
-	return len(plan), nil, errors.Join(l.handOff(), l.former.save(l.running.Backend))
+	// A pod that is scheduled here finds the hand-off.
+	err = errors.Join(l.handOff(), l.former.save(l.running.Backend))
+	l.publish(err == nil)
+	return len(plan), nil, err
 }
 
 // wantsTUN reports whether a program of user space has a device to make that was
@@ -228,9 +230,9 @@ func (l *loop) wantsTUN() bool {
 
 // publish asks the keeper to lease what the node is. Before a node says that it is
 // reached in another way, it must be: so this comes last.
-func (l *loop) publish() {
-	if c := l.claim.Load(); c == nil || !c.config.Equal(l.running) || c.attrs != l.attrs {
-		l.claim.Store(&claim{l.running, l.attrs})
+func (l *loop) publish(ready bool) {
+	if c := l.claim.Load(); c == nil || !c.config.Equal(l.running) || c.attrs != l.attrs || c.ready != ready {
+		l.claim.Store(&claim{l.running, l.attrs, ready})
 		l.keeperBell.ring("claim")
 	}
 }
@@ -258,7 +260,7 @@ func (l *loop) learn(ctx context.Context, full bool) error {
 		return waitError{err}
 	}
 	if full || !l.node.known {
-		if err := l.node.identify(ctx, l.running, l.snap.Leases); err != nil {
+		if err := l.node.identify(ctx, l.snap); err != nil {
 			return waitError{err}
 		}
 	}
@@ -279,7 +281,7 @@ func (l *loop) learn(ctx context.Context, full bool) error {
 	}
 	held := l.held.Load()
 	if held == nil {
-		l.publish()
+		l.publish(false)
 		return waitError{l.leaseError()}
 	}
 	self.Subnets = *held
@@ -310,7 +312,7 @@ func (l *loop) accept(ctx context.Context, snap *overlay.Snapshot) (*overlay.Sna
 	held := l.held.Load()
 	if held == nil {
 		// No pod stands on what was read before: what is corrected now counts.
-		if err := usable(snap.Config); err != nil {
+		if err := l.usable(snap.Config); err != nil {
 			return nil, fmt.Errorf("a usable network configuration: %w", err)
 		}
 		if !l.running.Equal(snap.Config) {
@@ -340,8 +342,8 @@ func (l *loop) accept(ctx context.Context, snap *overlay.Snapshot) (*overlay.Sna
 }
 
 // usable says why this version cannot carry packets by the configuration, or nil.
-func usable(c overlay.Config) error {
-	if !c.V4.Enabled() {
+func (l *loop) usable(c overlay.Config) error {
+	if !c.V4.Enabled() && !l.cfg.Kubernetes {
 		return errors.New("EnableIPv4: false: leases in etcd are named by their IPv4 subnet, so IPv4 must be on")
 	}
 	return c.CheckBackend()

@@ -29,7 +29,8 @@ type node struct {
 
 // identify looks at the interfaces. Once the node is known, an uplink that is
 // gone for a while changes nothing.
-func (n *node) identify(ctx context.Context, cfg overlay.Config, leases []*overlay.Lease) error {
+func (n *node) identify(ctx context.Context, snap *overlay.Snapshot) error {
+	cfg := snap.Config
 	rules := n.cfg.Uplink
 	rules.IPv4, rules.IPv6 = cfg.Underlay(overlay.IPv4), cfg.Underlay(overlay.IPv6)
 	var targets []netip.Addr
@@ -56,35 +57,38 @@ func (n *node) identify(ctx context.Context, cfg overlay.Config, leases []*overl
 		n.log.Info("uplink changed", "old", old.Name, "oldIPv4", old.V4, "oldIPv6", old.V6, "oldMTU", old.MTU, "new", uplink.Name, "IPv4", uplink.V4, "IPv6", uplink.V6, "MTU", uplink.MTU)
 	}
 	n.self.Uplink = uplink
-	n.self.PublicIP, n.self.PublicV6 = uplink.V4, uplink.V6
-	if n.cfg.PublicIP.IsValid() {
-		n.self.PublicIP = n.cfg.PublicIP
-	}
-	if n.cfg.PublicIPv6.IsValid() {
-		n.self.PublicV6 = n.cfg.PublicIPv6
-	}
+	n.self.PublicIP = firstValid(snap.Node.PublicIP, n.cfg.PublicIP, uplink.V4)
+	n.self.PublicV6 = firstValid(snap.Node.PublicIPv6, n.cfg.PublicIPv6, uplink.V6)
 	if n.known {
 		return nil
 	}
-	return n.meet(ctx, cfg, leases, ifaces)
+	return n.meet(ctx, snap, ifaces)
+}
+
+// firstValid returns the first address that is one.
+func firstValid(addrs ...netip.Addr) netip.Addr {
+	for _, a := range addrs {
+		if a.IsValid() {
+			return a
+		}
+	}
+	return netip.Addr{}
 }
 
 // meet does what is done once: it looks at the kernel before anything is
 // written, refuses a pod network that this host already uses and devices of
 // others in the place of ours, and takes over the VTEPs that the host and its
 // lease agree on.
-func (n *node) meet(ctx context.Context, cfg overlay.Config, leases []*overlay.Lease, ifaces []overlay.Iface) error {
+func (n *node) meet(ctx context.Context, snap *overlay.Snapshot, ifaces []overlay.Iface) error {
+	cfg, leases := snap.Config, snap.Leases
 	have, err := n.kernel.Observe(ctx, kernel.Scope{Networks: cfg.Networks(), Uplink: n.self.Uplink.Name})
 	if err != nil {
 		return fmt.Errorf("read the kernel's state: %w", err)
 	}
 	own := formerSubnets(n.cfg.SubnetFile)
 	var lease overlay.Lease
-	for _, l := range leases {
-		if l.PublicIP == n.self.PublicIP {
-			lease, own = *l, l.Subnets
-			break
-		}
+	if l := n.ownLease(leases); l != nil {
+		lease, own = *l, l.Subnets
 	}
 	problems := append(overlay.CheckLinks(cfg, have.Links, ifaces), overlay.CheckOverlap(cfg, own, leases, have.Foreign)...)
 	if len(problems) > 0 {
@@ -106,6 +110,21 @@ func (n *node) meet(ctx context.Context, cfg overlay.Config, leases []*overlay.L
 	n.known = true
 	n.log.Info("uplink chosen", "name", n.self.Uplink.Name, "why", n.self.Uplink.Why, "IPv4", n.self.PublicIP, "IPv6", n.self.PublicV6, "MTU", n.self.Uplink.MTU)
 	return nil
+}
+
+// ownLease finds the lease the node had before this start.
+func (n *node) ownLease(leases []*overlay.Lease) *overlay.Lease {
+	name := n.store.Status().Node
+	i := slices.IndexFunc(leases, func(l *overlay.Lease) bool {
+		if n.cfg.Kubernetes {
+			return l.Node == name
+		}
+		return l.PublicIP == n.self.PublicIP
+	})
+	if i < 0 {
+		return nil
+	}
+	return leases[i]
 }
 
 // neighLimit reads how many neighbours the kernel keeps. Only the first network

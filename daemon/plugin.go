@@ -153,5 +153,5 @@ func (d *Daemon) reportSweep(done []string, err error) {
 func (d *Daemon) firewallTool() overlay.Tool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.report.config.Tool()
+	return d.kernel.FirewallTool(d.report.config.Tool())
 }

@@ -85,7 +85,7 @@ func (l *loop) handOff() error {
 			return fmt.Errorf("write %s: %w", l.cfg.SubnetFile, err)
 		}
 	}
-	h := pod.Handoff{Networks: l.running.Networks(), Subnets: l.self.Subnets.All(), MTU: mtu, IPMasq: l.cfg.IPMasq, Firewall: l.running.Tool()}
+	h := pod.Handoff{Networks: l.running.Networks(), Subnets: l.self.Subnets.All(), MTU: mtu, IPMasq: l.cfg.IPMasq, Firewall: l.kernel.FirewallTool(l.running.Tool())}
 	if old, err := pod.ReadHandoff(l.cfg.HandoffFile()); err == nil && old.Equal(h) {
 		return nil
 	}

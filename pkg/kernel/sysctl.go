@@ -13,7 +13,13 @@ import (
 	"github.com/twill-net/twill/pkg/overlay"
 )
 
-const sysctlRoot = "/proc/sys"
+const (
+	sysctlRoot = "/proc/sys"
+	// hostRoot is where the DaemonSet mounts the host's /proc/sys/net: that of a
+	// container is read-only unless it is privileged. Both show the network
+	// namespace of whoever opens a file.
+	hostRoot = "/host"
+)
 
 // readSysctls returns the values of the sysctls that are there. One that is not
 // is an error, unless it belongs to IPv6 in a kernel without it or to an
@@ -36,6 +42,12 @@ func readSysctls(keys []string) ([]overlay.Sysctl, error) {
 func writeSysctl(s overlay.Sysctl) error {
 	// O_TRUNC and O_CREATE mean nothing in /proc/sys.
 	f, err := os.OpenFile(sysctlPath(s.Key), os.O_WRONLY, 0)
+	if errors.Is(err, unix.EROFS) {
+		f, err = os.OpenFile(filepath.Join(hostRoot, sysctlPath(s.Key)), os.O_WRONLY, 0)
+		if errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("%s is read-only, as in a container; mount the host's /proc/sys/net at %s/proc/sys/net", sysctlRoot, hostRoot)
+		}
+	}
 	if err != nil {
 		return err
 	}

@@ -64,24 +64,29 @@ func (l *Lab) newHost(name string, n int) (*Host, error) {
 		IPv4: netip.MustParseAddr(fmt.Sprintf("198.51.100.%d", n)),
 		IPv6: netip.MustParseAddr(fmt.Sprintf("2001:db8:51::%d", n)),
 	}
-	sw, err := l.netSwitch()
+	h.NS = &NS{Name: name, Path: netnsPath(l.ID, name), lab: l, mnt: mntPath(l.ID, name), env: l.environ}
+	if err := h.boot(); err != nil {
+		return nil, fmt.Errorf("make host %s: %w", name, err)
+	}
+	return h, nil
+}
+
+// boot makes the host's namespaces and plugs its cable in.
+func (h *Host) boot() error {
+	sw, err := h.lab.netSwitch()
 	if err == nil {
-		h.NS, err = l.newNS(name)
+		err = newNetNS(h.Path)
 	}
 	if err == nil {
-		err = sw.plug(h.NS, l.opts.MTU)
+		err = sw.plug(h.NS, h.lab.opts.MTU)
 	}
 	if err == nil {
 		err = h.Do(h.configure)
 	}
 	if err == nil {
-		h.mnt = mntPath(l.ID, name)
-		err = newMountNS(h.mnt, h.Path, filepath.Join(l.Dir, name+".xtables.lock"))
+		err = newMountNS(h.mnt, h.Path, filepath.Join(h.lab.Dir, h.Name+".xtables.lock"))
 	}
-	if err != nil {
-		return nil, fmt.Errorf("make host %s: %w", name, err)
-	}
-	return h, nil
+	return err
 }
 
 // configure gives eth0 its addresses and default routes.

@@ -167,7 +167,7 @@ func labIDs() ([]string, error) {
 func teardown(id string) error {
 	netns := netnsPaths(id)
 	mnts, _ := filepath.Glob(mntPath(id, "*")) // the pattern is well formed
-	errs := []error{killInside(append(slices.Clone(netns), mnts...))}
+	errs := []error{killInside(append(slices.Clone(netns), mnts...)), removeCgroups(id)}
 	// Host mount namespaces first: each holds mounts of all network namespaces.
 	for _, p := range append(mnts, netns...) {
 		errs = append(errs, unmountFile(p))

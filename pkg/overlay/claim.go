@@ -150,10 +150,15 @@ func (c Claim) better(a, b *Lease) bool {
 	return a.Created < b.Created
 }
 
-// losers maps each lease that has to give way to the one it overlaps: the best
-// claim stands, then the next that overlaps none that stands, and so on. Every
-// node comes to the same verdict, flannel's excepted.
+// losers maps each lease that has to give way to the one it overlaps.
 func losers(cfg Config, leases []*Lease) map[*Lease]*Lease {
+	return Losers(leases, cfg.compareClaims)
+}
+
+// Losers maps each lease of a Snapshot, which are in order, that has to give way to
+// the one it overlaps: the best claim stands, then the next that overlaps none that
+// stands, and so on. Every node comes to the same verdict, flannel's excepted.
+func Losers(leases []*Lease, compare func(a, b *Lease) int) map[*Lease]*Lease {
 	rivals := map[*Lease][]*Lease{}
 	for _, f := range []Family{IPv4, IPv6} {
 		// Prefixes are disjoint or nested; around holds those that enclose l.
@@ -170,9 +175,9 @@ func losers(cfg Config, leases []*Lease) map[*Lease]*Lease {
 		}
 	}
 	lost := make(map[*Lease]*Lease, len(rivals))
-	for _, l := range slices.SortedFunc(maps.Keys(rivals), cfg.compareClaims) {
+	for _, l := range slices.SortedFunc(maps.Keys(rivals), compare) {
 		for _, r := range rivals[l] {
-			if cfg.compareClaims(r, l) < 0 && lost[r] == nil {
+			if compare(r, l) < 0 && lost[r] == nil {
 				lost[l] = r
 				break
 			}

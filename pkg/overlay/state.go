@@ -191,6 +191,13 @@ const (
 	Nftables Tool = "nftables"
 )
 
+// Iptables as one of its flavours, where it matters which. What is wanted is never
+// in these, so what is ours in the flavour that a node does not use goes.
+const (
+	IptablesNft    Tool = "iptables-nft"
+	IptablesLegacy Tool = "iptables-legacy"
+)
+
 // Chain is a chain of firewall rules with the jump (iptables) or hook (nftables)
 // that sends packets to it.
 type Chain struct {

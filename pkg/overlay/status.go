@@ -47,6 +47,9 @@ type StoreStatus struct {
 	CertFile string `json:"certFile,omitempty"`
 	KeyFile  string `json:"keyFile,omitempty"`
 	Username string `json:"username,omitempty"`
+	// So do these, where the store is Kubernetes.
+	Kubeconfig string `json:"kubeconfig,omitempty"` // file; empty: the pod's service account, or no more than the URL
+	NetConfig  string `json:"netConfig,omitempty"`  // file with the network configuration
 }
 
 // PassStatus tells of the last pass of the reconcile loop.

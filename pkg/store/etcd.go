@@ -2,7 +2,6 @@ package store
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"sync"
 
@@ -44,7 +43,7 @@ func OpenEtcd(cfg EtcdConfig) (*Etcd, error) {
 	if err != nil {
 		return nil, fmt.Errorf("make etcd client: %w", err)
 	}
-	return &Etcd{cfg: cfg, client: client, health: newHealth(cfg), fold: newFold(cfg.Prefix)}, nil
+	return &Etcd{cfg: cfg, client: client, health: newHealth(cfg.Log, cfg.status()), fold: newFold(cfg.Prefix)}, nil
 }
 
 // Close ends all connections and calls in progress.
@@ -73,10 +72,10 @@ func (e *Etcd) Snapshot(ctx context.Context, running overlay.Config) (*overlay.S
 	}
 	f.replace(l)
 	e.health.up()
-	e.health.folded(f)
+	e.health.folded(f.revision, f.config.fault())
 	s := f.snapshot()
 	if s == nil {
-		return nil, errors.New(f.configProblem().String())
+		return nil, f.config.fault()
 	}
 	return s, nil
 }

@@ -27,21 +27,11 @@ type fold struct {
 	config foldedConfig
 }
 
-// foldedConfig is the network configuration in force and what has become of it.
-type foldedConfig struct {
-	good     overlay.Config
-	have     bool     // there was a good one
-	modified int64    // revision of the key that was read last, good or not
-	warnings []string // of that one
-	refused  error    // why that one is not good; the good one is older
-}
-
-// unread is the revision of a configuration that was not looked for yet; 0 is that
-// of one that is not there.
-const unread = -1
-
 func newFold(prefix string) *fold {
-	return &fold{configKey: prefix + "/config", leaseDir: prefix + "/subnets/", config: foldedConfig{modified: unread}}
+	f := &fold{configKey: prefix + "/config", leaseDir: prefix + "/subnets/"}
+	f.config = foldedConfig{kind: "key", name: f.configKey, modified: unread}
+	f.config.remedy = fmt.Sprintf(`write one: etcdctl put %s '{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}'`, f.configKey)
+	return f
 }
 
 // listing is one complete read.
@@ -151,20 +141,13 @@ func search(leases []*overlay.Lease, n overlay.Subnets) (int, bool) {
 	return slices.BinarySearchFunc(leases, n, func(l *overlay.Lease, n overlay.Subnets) int { return l.Compare(n) })
 }
 
-// setConfig takes what the configuration's key holds now, nil for nothing. A
-// configuration that is not good changes nothing but says so.
+// setConfig takes what the configuration's key holds now, nil for nothing.
 func (f *fold) setConfig(kv *mvccpb.KeyValue) {
-	c := &f.config
-	c.warnings = nil
 	if kv == nil {
-		c.modified, c.refused = 0, errors.New("there is none")
+		f.config.none(errors.New("there is none"))
 		return
 	}
-	c.modified = kv.ModRevision
-	parsed, warnings, err := overlay.ParseConfig(kv.Value)
-	if c.refused = err; err == nil {
-		c.good, c.have, c.warnings = parsed, true, warnings
-	}
+	f.config.set(kv.Value, kv.ModRevision)
 }
 
 // snapshot returns the Snapshot, or nil as long as there never was a good
@@ -174,28 +157,9 @@ func (f *fold) snapshot() *overlay.Snapshot {
 		return nil
 	}
 	f.shared = true
-	s := &overlay.Snapshot{Revision: f.revision, Config: f.config.good, Leases: f.leases}
-	if f.config.refused != nil {
-		s.Problems = append(s.Problems, f.configProblem())
-	}
+	s := &overlay.Snapshot{Revision: f.revision, Config: f.config.good, Leases: f.leases, Problems: f.config.problems()}
 	for _, key := range slices.Sorted(maps.Keys(f.bad)) {
 		s.Problems = append(s.Problems, f.bad[key])
 	}
 	return s
-}
-
-// configProblem tells of the configuration that was refused.
-func (f *fold) configProblem() overlay.Problem {
-	p := overlay.Problem{
-		Object: "config",
-		Reason: fmt.Sprintf("%s: %v", f.configKey, f.config.refused),
-		Remedy: "correct it: it is looked at again as soon as it is written",
-	}
-	if f.config.modified == 0 {
-		p.Remedy = fmt.Sprintf(`write one: etcdctl put %s '{"Network":"10.244.0.0/16","Backend":{"Type":"vxlan"}}'`, f.configKey)
-	}
-	if f.config.have {
-		p.Remedy += "; the last good one stays in force"
-	}
-	return p
 }

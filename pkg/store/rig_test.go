@@ -86,6 +86,11 @@ func (r *rig) del(t testing.TB, key string) int64 {
 	return d.Header.Revision
 }
 
+// watcher is a store, as it is followed.
+type watcher interface {
+	Watch(ctx context.Context, emit func(*overlay.Snapshot)) error
+}
+
 // follower calls Watch as the daemon does and keeps what it emits.
 type follower struct {
 	mu      sync.Mutex
@@ -95,7 +100,7 @@ type follower struct {
 	news    chan struct{}
 }
 
-func follow(t testing.TB, e *Etcd) *follower {
+func follow(t testing.TB, e watcher) *follower {
 	t.Helper()
 	f := &follower{news: make(chan struct{}, 1)}
 	ctx, cancel := context.WithCancel(context.Background())

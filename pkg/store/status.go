@@ -21,11 +21,16 @@ type health struct {
 	complained time.Time // last time that an outage was logged
 }
 
-func newHealth(c EtcdConfig) *health {
-	return &health{log: c.Log, status: overlay.StoreStatus{
-		Kind: "etcd", Endpoints: c.Endpoints, Prefix: c.Prefix, Since: time.Now(), Error: "not connected yet",
+func newHealth(log *slog.Logger, s overlay.StoreStatus) *health {
+	s.Since, s.Error = time.Now(), "not connected yet"
+	return &health{log: log, status: s}
+}
+
+func (c EtcdConfig) status() overlay.StoreStatus {
+	return overlay.StoreStatus{
+		Kind: "etcd", Endpoints: c.Endpoints, Prefix: c.Prefix,
 		CAFile: c.CAFile, CertFile: c.CertFile, KeyFile: c.KeyFile, Username: c.Username,
-	}}
+	}
 }
 
 func (h *health) get() overlay.StoreStatus {
@@ -38,7 +43,14 @@ func (h *health) get() overlay.StoreStatus {
 	return s
 }
 
-// up says that etcd answers.
+// at says where the store is now.
+func (h *health) at(endpoint string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.status.Endpoints = []string{endpoint}
+}
+
+// up says that the store answers.
 func (h *health) up() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -47,7 +59,7 @@ func (h *health) up() {
 	}
 	h.status.Connected, h.status.Since, h.status.Error = true, time.Now(), ""
 	h.complained = time.Time{}
-	h.log.Info("etcd connected", "endpoints", h.status.Endpoints)
+	h.log.Info(h.status.Kind+" connected", "endpoints", h.status.Endpoints)
 }
 
 // down says that it does not, and why. An outage is logged when it begins, and now
@@ -65,17 +77,18 @@ func (h *health) down(err error) {
 	s.Error = err.Error()
 	if time.Since(h.complained) > complainEvery {
 		h.complained = time.Now()
-		h.log.Warn("etcd unavailable; what is set up stays as it is", "error", err)
+		h.log.Warn(h.status.Kind+" unavailable; what is set up stays as it is", "error", err)
 	}
 }
 
-// folded notes what the last batch of events brought.
-func (h *health) folded(f *fold) {
+// folded notes what the last batch of events brought, and why there is no good
+// configuration.
+func (h *health) folded(revision int64, fault error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.status.Revision = f.revision
+	h.status.Revision = revision
 	h.config = ""
-	if f.config.refused != nil {
-		h.config = f.configProblem().String()
+	if fault != nil {
+		h.config = fault.Error()
 	}
 }

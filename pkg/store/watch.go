@@ -116,16 +116,8 @@ func (e *Etcd) take(r clientv3.WatchResponse, ok bool, key string) (bool, error)
 // publish emits the Snapshot, if there is one, and logs what is new about the
 // configuration.
 func (e *Etcd) publish(before foldedConfig, emit func(*overlay.Snapshot)) {
-	e.health.folded(e.fold)
-	if now := e.fold.config; now.modified != before.modified {
-		for _, w := range now.warnings {
-			e.cfg.Log.Warn("network configuration", "key", e.fold.configKey, "warning", w)
-		}
-		if now.refused != nil {
-			p := e.fold.configProblem()
-			e.cfg.Log.Error("network configuration refused", "reason", p.Reason, "remedy", p.Remedy)
-		}
-	}
+	e.health.folded(e.fold.revision, e.fold.config.fault())
+	e.fold.config.report(before, e.cfg.Log)
 	if s := e.fold.snapshot(); s != nil {
 		emit(s)
 	}

@@ -38,9 +38,12 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	log := cfg.Logger(os.Stderr)
-	if cfg.Cleanup {
+	switch {
+	case cfg.Cleanup:
 		err = daemon.Cleanup(ctx, cfg, os.Stdout, log)
-	} else {
+	case cfg.HandBack:
+		err = daemon.HandBack(ctx, os.Stdout, log)
+	default:
 		err = daemon.Run(ctx, cfg, version, log)
 	}
 	if err != nil {

@@ -36,6 +36,19 @@ $(BIN)/lab: $(GO_FILES)
 $(BIN)/nothing: $(GO_FILES)
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./e2e/nothing
 
+# For another architecture: make image GOARCH=arm64. Two builds of one commit with the
+# same packages of Debian's give the same bytes; make clean makes it fetch them anew.
+IMAGE_ARCH = $(or $(GOARCH),$(shell go env GOARCH))
+SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
+IMAGE ?= build/image/twill.tar
+
+.PHONY: image
+image: ## build the container image, build/image/twill.tar
+	CGO_ENABLED=0 GOOS=linux GOARCH=$(IMAGE_ARCH) go build -trimpath -buildvcs=false -ldflags '$(LDFLAGS) -X main.release=$(VERSION)' \
+		-o build/image/programs-$(IMAGE_ARCH)/ ./daemon/cmd/twilld ./daemon/cmd/netctl ./plugins/twill
+	GOARCH= go run ./manifests/image --arch $(IMAGE_ARCH) --programs build/image/programs-$(IMAGE_ARCH) --work build/image \
+		--version '$(VERSION)' --revision "$$(git rev-parse HEAD 2>/dev/null || true)" --created $(SOURCE_DATE_EPOCH) --output $(IMAGE)
+
 .PHONY: demo
 demo: deps build ## three hosts, an etcd, pods: see packets cross, and the backend change (KEEP=1 leaves it up)
 	@TWILL_BIN_DIR=$(BIN) $(BIN)/lab demo $(if $(KEEP),--keep)
@@ -58,6 +71,11 @@ lint: ## gofumpt, vet, staticcheck, import layers
 	go vet ./...
 	go tool staticcheck ./...
 	go test -count=1 -run TestImportLayers ./e2e/layers
+
+.PHONY: manifests
+manifests: ## render manifests/twill.yaml from the Helm chart
+	go run ./daemon/cmd/netctl install --print >build/twill.yaml
+	mv build/twill.yaml manifests/twill.yaml
 
 .PHONY: install
 install: build ## install the programs below DESTDIR

@@ -10,6 +10,7 @@ import (
 	"sync"
 
 	"github.com/twill-net/twill/pkg/overlay"
+	"github.com/twill-net/twill/pkg/xtables"
 )
 
 // flannelHash is the Hash of what flannel left behind. No wanted chain has it,
@@ -28,14 +29,16 @@ type firewall struct {
 	iptables map[overlay.Family]*iptables
 	nft      *nftables
 	missing  map[toolKey]error // why a tool is not in the two fields above
-	legacy   bool              // some family's iptables is of that flavour
 	events   *eventSocket
 
-	mu       sync.Mutex // guards the fields below
-	prints   *fingerprinter
+	mu       sync.Mutex // guards the fields below, iptables, and missing
+	flavours *flavours
+	legacy   bool // some family's iptables is of that flavour
+	printer  *fingerprinter
 	cache    []overlay.Chain
-	cachedAt fingerprint
+	cachedAt prints
 	cached   bool
+	problems []overlay.Problem
 	// unreplaced are the families for which something new could not be
 	// installed since the last observe.
 	unreplaced map[overlay.Family]bool
@@ -51,25 +54,9 @@ func newFirewall(opts Options) (*firewall, error) {
 		log:      opts.Log,
 		iptables: map[overlay.Family]*iptables{},
 		missing:  map[toolKey]error{},
+		flavours: newFlavours(),
 
 		unreplaced: map[overlay.Family]bool{},
-	}
-	legacy := map[overlay.Family]bool{}
-	for _, family := range []overlay.Family{overlay.IPv4, overlay.IPv6} {
-		tool, err := newIptables(family)
-		if err != nil {
-			f.missing[toolKey{overlay.Iptables, family}] = err
-			f.log.Info("iptables not used", "family", family, "reason", err)
-			continue
-		}
-		f.iptables[family] = tool
-		legacy[family] = tool.flavour == legacyFlavour
-		f.legacy = f.legacy || legacy[family]
-		f.log.Info("iptables found", "family", family, "path", tool.path, "flavour", tool.flavour)
-		if n := tool.otherFlavourRules(); n > 0 {
-			f.log.Warn("the other flavour of iptables holds rules too, and packets pass both",
-				"family", family, "flavour", tool.flavour, "rules in the other", n)
-		}
 	}
 	nft, err := newNftables()
 	if err != nil {
@@ -77,20 +64,52 @@ func newFirewall(opts Options) (*firewall, error) {
 		f.log.Info("nftables not used", "reason", err)
 	}
 	f.nft = nft
-	if f.prints, err = newFingerprinter(legacy); err != nil {
+	if err := f.openIptables(); err != nil {
 		return nil, fmt.Errorf("open firewall: %w", err)
 	}
 	if f.events, err = newEventSocket(); err != nil {
-		f.prints.close()
+		f.printer.close()
 		return nil, fmt.Errorf("open firewall: %w", err)
 	}
 	return f, nil
 }
 
+// openIptables takes the commands of the flavour that is used.
+func (f *firewall) openIptables() error {
+	legacy, unused := map[overlay.Family]bool{}, map[overlay.Family]bool{}
+	for _, family := range families() {
+		delete(f.iptables, family)
+		command, err := f.flavours.command(family)
+		var tool *iptables
+		if err == nil {
+			tool, err = newIptables(family, command)
+		}
+		if err != nil {
+			f.missing[toolKey{overlay.Iptables, family}] = err
+			f.log.Info("iptables not used", "family", family, "reason", err)
+			continue
+		}
+		f.iptables[family] = tool
+		legacy[family] = tool.flavour == xtables.Legacy
+		unused[family] = !legacy[family] && f.flavours.both
+		f.log.Info("iptables found", "family", family, "path", tool.path, "flavour", tool.flavour)
+	}
+	f.legacy = legacy[overlay.IPv4] || legacy[overlay.IPv6]
+	printer, err := newFingerprinter(legacy, unused)
+	if err != nil {
+		return err
+	}
+	if f.printer != nil {
+		err = f.printer.close()
+	}
+	f.printer = printer
+	return err
+}
+
 func (f *firewall) close() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return errors.Join(f.prints.close(), f.events.close())
+	return errors.Join(f.printer.close(), f.events.close())
 }
 
 // HasRandomFully reports whether masquerading can choose ports at random, which
@@ -103,8 +122,28 @@ func (f *firewall) hasRandomFully(family overlay.Family, tool overlay.Tool) bool
 	if tool == overlay.Nftables {
 		return f.nft != nil // older kernels than nft 1.0.1 runs on know fully-random
 	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
 	ipt := f.iptables[family]
 	return ipt != nil && ipt.reader.HasRandomFully()
+}
+
+// FirewallTool names the flavour of iptables that is used, if tool is iptables.
+func (k *Kernel) FirewallTool(tool overlay.Tool) overlay.Tool {
+	f := k.firewall
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if tool != overlay.Iptables {
+		return tool
+	}
+	return f.flavours.used.Tool()
+}
+
+// Problems are what the last Observe found in the firewall that will make trouble.
+func (k *Kernel) Problems() []overlay.Problem {
+	k.firewall.mu.Lock()
+	defer k.firewall.mu.Unlock()
+	return k.firewall.problems
 }
 
 // observe returns our chains and flannel's. As long as the kernel says that no
@@ -113,7 +152,7 @@ func (f *firewall) observe(ctx context.Context) ([]overlay.Chain, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.unreplaced = map[overlay.Family]bool{}
-	now, err := f.prints.read(math.MaxUint32)
+	now, err := f.print()
 	if err != nil {
 		return nil, fmt.Errorf("observe firewall: %w", err)
 	}
@@ -121,8 +160,19 @@ func (f *firewall) observe(ctx context.Context) ([]overlay.Chain, error) {
 		return slices.Clone(f.cache), nil
 	}
 	f.cached = false
-	var out []overlay.Chain
-	for _, family := range []overlay.Family{overlay.IPv4, overlay.IPv6} {
+	f.flavours.look()
+	if f.flavours.moveToHint() {
+		f.log.Info("iptables of the other flavour from now on, as Kubernetes", "flavour", f.flavours.used)
+		if err = f.openIptables(); err == nil {
+			now, err = f.print()
+		}
+		if err != nil {
+			return nil, fmt.Errorf("observe firewall: %w", err)
+		}
+	}
+	out := f.flavours.leftovers()
+	f.problems = nil
+	for _, family := range families() {
 		ipt := f.iptables[family]
 		if ipt == nil {
 			continue
@@ -132,6 +182,9 @@ func (f *firewall) observe(ctx context.Context) ([]overlay.Chain, error) {
 			return nil, fmt.Errorf("observe firewall: %w", err)
 		}
 		out = append(out, chains...)
+		if len(chains) > 0 && f.problems == nil { // without rules of ours it does not concern us
+			f.problems = f.flavours.problem()
+		}
 	}
 	if f.nft != nil {
 		chains, err := f.nft.observe(ctx)
@@ -144,6 +197,19 @@ func (f *firewall) observe(ctx context.Context) ([]overlay.Chain, error) {
 	// a new print next time.
 	f.cache, f.cachedAt, f.cached = out, now, true
 	return slices.Clone(out), nil
+}
+
+// prints change whenever a rule does.
+type prints struct {
+	used   fingerprint
+	unused unusedPrint
+}
+
+func (f *firewall) print() (p prints, err error) {
+	if p.used, err = f.printer.read(math.MaxUint32); err == nil {
+		p.unused, err = f.printer.readUnused()
+	}
+	return p, err
 }
 
 // apply makes one transaction of all changes to a table. A table that gets new
@@ -180,6 +246,15 @@ func (f *firewall) write(ctx context.Context, tx transaction) error {
 		return f.nft.write(ctx, tx)
 	}
 	ipt := f.iptables[tx.family]
+	if tx.tool != overlay.Iptables { // leftovers
+		command, err := xtables.OfTool(tx.tool).Command(tx.family)
+		if err != nil {
+			return err
+		}
+		if ipt, err = newIptables(tx.family, command); err != nil {
+			return err
+		}
+	}
 	if ipt == nil {
 		return f.missing[toolKey{tx.tool, tx.family}]
 	}

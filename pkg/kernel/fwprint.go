@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"hash/maphash"
 	"slices"
+	"strings"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/twill-net/twill/pkg/overlay"
+	"github.com/twill-net/twill/pkg/xtables"
 )
 
 // A fingerprint changes whenever a rule does.
@@ -48,6 +50,7 @@ const (
 type fingerprinter struct {
 	netfilter int
 	legacy    []legacySocket
+	unused    []legacySocket // of families that use the other flavour
 	sequence  uint32
 	request   encoder
 	buffer    [4096]byte
@@ -57,11 +60,14 @@ type fingerprinter struct {
 
 // legacySocket is where the tables of one family are read. An entry begins with
 // its match, matchLen bytes long; the counters come countersAt.
-type legacySocket struct{ fd, level, matchLen, countersAt int }
+type legacySocket struct {
+	family                          overlay.Family
+	fd, level, matchLen, countersAt int
+}
 
-// newFingerprinter opens the sockets: the one to nftables and one for each family
-// whose iptables is legacy.
-func newFingerprinter(legacy map[overlay.Family]bool) (*fingerprinter, error) {
+// newFingerprinter opens the sockets: the one to nftables, one for each family whose
+// iptables is legacy, and one for each that could be, but is not.
+func newFingerprinter(legacy, unused map[overlay.Family]bool) (*fingerprinter, error) {
 	fd, err := unix.Socket(unix.AF_NETLINK, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.NETLINK_NETFILTER)
 	if err != nil {
 		return nil, fmt.Errorf("open netfilter socket: %w", err)
@@ -71,14 +77,13 @@ func newFingerprinter(legacy map[overlay.Family]bool) (*fingerprinter, error) {
 		return nil, errors.Join(fmt.Errorf("set up netfilter socket: %w", err), p.close())
 	}
 	for _, v := range []struct {
-		family overlay.Family
 		domain int
 		legacySocket
 	}{
-		{overlay.IPv4, unix.AF_INET, legacySocket{level: unix.SOL_IP, matchLen: 84, countersAt: 96}},
-		{overlay.IPv6, unix.AF_INET6, legacySocket{level: unix.SOL_IPV6, matchLen: 136, countersAt: 152}},
+		{unix.AF_INET, legacySocket{family: overlay.IPv4, level: unix.SOL_IP, matchLen: 84, countersAt: 96}},
+		{unix.AF_INET6, legacySocket{family: overlay.IPv6, level: unix.SOL_IPV6, matchLen: 136, countersAt: 152}},
 	} {
-		if !legacy[v.family] {
+		if !legacy[v.family] && !unused[v.family] {
 			continue
 		}
 		fd, err := unix.Socket(v.domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_RAW)
@@ -86,7 +91,11 @@ func newFingerprinter(legacy map[overlay.Family]bool) (*fingerprinter, error) {
 			return nil, errors.Join(fmt.Errorf("open raw socket: %w", err), p.close())
 		}
 		v.fd = fd
-		p.legacy = append(p.legacy, v.legacySocket)
+		if legacy[v.family] {
+			p.legacy = append(p.legacy, v.legacySocket)
+		} else {
+			p.unused = append(p.unused, v.legacySocket)
+		}
 	}
 	return p, nil
 }
@@ -97,10 +106,10 @@ func (p *fingerprinter) close() error {
 		return nil
 	}
 	err := unix.Close(p.netfilter)
-	for _, s := range p.legacy {
+	for _, s := range slices.Concat(p.legacy, p.unused) {
 		err = errors.Join(err, unix.Close(s.fd))
 	}
-	p.netfilter, p.legacy = -1, nil // a watch that still runs must not use them
+	p.netfilter, p.legacy, p.unused = -1, nil, nil // a watch that still runs must not use them
 	return err
 }
 
@@ -119,6 +128,32 @@ func (p *fingerprinter) read(limit uint32) (fingerprint, error) {
 				return out, fmt.Errorf("read legacy table %s: %w", table, err)
 			}
 			n++
+		}
+	}
+	return out, nil
+}
+
+// unusedPrint is that of legacy tables which are not used.
+type unusedPrint struct {
+	names  [2]string // of the tables
+	shapes [2][3]xtablesInfo
+}
+
+// readUnused asks for no table that is not there: that would make it. It must be
+// called by a thread in the namespace of newFingerprinter.
+func (p *fingerprinter) readUnused() (unusedPrint, error) {
+	var out unusedPrint
+	for i, s := range p.unused {
+		names := xtables.LegacyTables(s.family)
+		out.names[i] = strings.Join(names, " ")
+		for n, table := range [...]string{"nat", "filter", "mangle"} {
+			if !slices.Contains(names, table) {
+				continue
+			}
+			var err error
+			if out.shapes[i][n], err = s.info(table); err != nil {
+				return out, fmt.Errorf("read legacy table %s: %w", table, err)
+			}
 		}
 	}
 	return out, nil

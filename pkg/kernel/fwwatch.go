@@ -102,7 +102,7 @@ func (f *firewall) watch(ctx context.Context, bell func(reason string)) error {
 	bell("listening to the firewall begins")
 	group, groupCtx := errgroup.WithContext(ctx)
 	group.Go(func() error { return f.events.listen(groupCtx, bell) })
-	if f.legacy {
+	if f.mayBeLegacy() {
 		group.Go(func() error { return f.poll(groupCtx, first, bell) })
 	}
 	if err := group.Wait(); ctx.Err() == nil {
@@ -210,9 +210,19 @@ func (f *firewall) poll(ctx context.Context, last [4]legacyTable, bell func(reas
 	}
 }
 
+// mayBeLegacy: also if it is not now, for Kubernetes may say so later.
+func (f *firewall) mayBeLegacy() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.legacy || f.flavours.both
+}
+
 func (f *firewall) legacyTables() ([4]legacyTable, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	now, err := f.prints.read(pollLimit)
+	if !f.legacy {
+		return [4]legacyTable{}, nil
+	}
+	now, err := f.printer.read(pollLimit)
 	return now.tables, err
 }

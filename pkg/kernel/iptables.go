@@ -1,7 +1,6 @@
 package kernel
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -13,27 +12,21 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/twill-net/twill/pkg/overlay"
+	"github.com/twill-net/twill/pkg/xtables"
 )
 
 // lockSeconds bounds the wait for the xtables lock, which every iptables command
 // of every program on the node takes.
 const lockSeconds = 5
 
-// The two flavours of iptables, in the words of iptables --version. They hold
-// their rules in different places, and packets pass both.
-const (
-	legacyFlavour = "legacy"
-	nftFlavour    = "nf_tables"
-)
-
-// iptables reads and writes the tables of one family through the system's
-// iptables or ip6tables.
+// iptables reads and writes the tables of one family through one flavour of iptables
+// or ip6tables.
 type iptables struct {
 	family  overlay.Family
-	command string // iptables or ip6tables
+	command string // iptables, ip6tables-legacy
 	path    string
 	restore string // path of the matching restore command
-	flavour string
+	flavour xtables.Flavour
 	reader  *goiptables.IPTables
 }
 
@@ -50,11 +43,11 @@ func places() []place {
 	}
 }
 
-func newIptables(family overlay.Family) (*iptables, error) {
-	t := &iptables{family: family, command: "iptables"}
+func newIptables(family overlay.Family, command string) (*iptables, error) {
+	t := &iptables{family: family, command: command}
 	protocol := goiptables.ProtocolIPv4
 	if family == overlay.IPv6 {
-		t.command, protocol = "ip6tables", goiptables.ProtocolIPv6
+		protocol = goiptables.ProtocolIPv6
 		fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 		if errors.Is(err, unix.EAFNOSUPPORT) {
 			return nil, errors.New("the kernel runs without IPv6: start it without ipv6.disable=1")
@@ -69,10 +62,10 @@ func newIptables(family overlay.Family) (*iptables, error) {
 	if t.restore, err = exec.LookPath(t.command + "-restore"); err != nil {
 		return nil, fmt.Errorf("find %s-restore: %w: install the iptables package and restart", t.command, err)
 	}
-	if t.flavour, err = flavourOf(t.path); err != nil {
+	if t.flavour, err = xtables.Of(t.path); err != nil {
 		return nil, err
 	}
-	restoreFlavour, err := flavourOf(t.restore)
+	restoreFlavour, err := xtables.Of(t.restore)
 	if err != nil {
 		return nil, err
 	}
@@ -85,32 +78,6 @@ func newIptables(family overlay.Family) (*iptables, error) {
 		return nil, fmt.Errorf("use %s: %w", t.path, err)
 	}
 	return t, nil
-}
-
-// flavourOf asks an iptables command for its flavour. Those before 1.8 know but
-// the legacy one and do not name it.
-func flavourOf(path string) (string, error) {
-	out, err := exec.Command(path, "--version").Output()
-	if err != nil {
-		return "", fmt.Errorf("run %s --version: %w", path, err)
-	}
-	if strings.Contains(string(out), "("+nftFlavour+")") {
-		return nftFlavour, nil
-	}
-	return legacyFlavour, nil
-}
-
-// otherFlavourRules counts the rules held by the flavour that is not used.
-func (t *iptables) otherFlavourRules() int {
-	other := t.command + "-legacy-save"
-	if t.flavour == legacyFlavour {
-		other = t.command + "-nft-save"
-	}
-	out, err := exec.Command(other).Output()
-	if err != nil {
-		return 0 // not installed, or the kernel lacks it
-	}
-	return bytes.Count(out, []byte("\n-A "))
 }
 
 func (t *iptables) observe() ([]overlay.Chain, error) {

@@ -27,7 +27,7 @@ type Handoff struct {
 	Subnets  []netip.Prefix `json:"subnets"`  // this node's share, at most one per family
 	MTU      int            `json:"mtu"`      // for pods: what the overlay carries unfragmented
 	IPMasq   bool           `json:"ipMasq"`   // the daemon masquerades what leaves the cluster
-	Firewall overlay.Tool   `json:"firewall,omitempty"`
+	Firewall overlay.Tool   `json:"firewall,omitempty"` // where the daemon has its rules; of iptables, the flavour
 }
 
 // validate returns an error that names the first wrong field.

@@ -54,7 +54,7 @@ func newWiring(c *Config, notYet uint) (*wiring, error) {
 	if low := minMTU(h.Subnets); w.mtu < low {
 		return nil, fail(types.ErrInvalidNetworkConfig, "network configuration: mtu: %d: must be at least %d, as IPv6 is on", w.mtu, low)
 	}
-	if c.Firewall == "" {
+	if c.leavesFirewall(h) {
 		c.Firewall = h.Firewall
 	}
 	if w.sets, err = w.rangeSets(); err != nil {
@@ -136,8 +136,8 @@ func (c *Config) records() records       { return recordsIn(c.DataDir) }
 // are where the node has a tool for.
 func (c *Config) portmap() portmap.Dir {
 	tool := c.Firewall
-	if tool == "" {
-		if h, err := c.handoff(); err == nil {
+	if tool == "" || tool == overlay.Iptables {
+		if h, err := c.handoff(); err == nil && c.leavesFirewall(h) {
 			tool = h.Firewall
 		}
 	}
@@ -148,6 +148,12 @@ func (c *Config) portmap() portmap.Dir {
 		}
 	}
 	return portmap.NewDir(filepath.Join(c.DataDir, ".twill", "ports"), tool)
+}
+
+// leavesFirewall: the configuration names no tool, or iptables and no flavour of it,
+// which is the daemon's to choose. Both must use one.
+func (c *Config) leavesFirewall(h Handoff) bool {
+	return c.Firewall == "" || c.Firewall == overlay.Iptables && h.Firewall != "" && h.Firewall != overlay.Nftables
 }
 
 // portEntry names the attachment among the host ports of the node.

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/twill-net/twill/pkg/overlay"
+	"github.com/twill-net/twill/pkg/xtables"
 )
 
 // Dir is the directory with the entries of one node, and the firewall tool that
@@ -21,7 +22,9 @@ type Dir struct {
 	tool overlay.Tool
 }
 
-// NewDir returns the entries in path. It touches nothing on disk.
+// NewDir returns the entries in path. It touches nothing on disk. The tool
+// overlay.Iptables stands for the flavour that the rules are in by now; if there are
+// none, for the one of the command iptables.
 func NewDir(path string, tool overlay.Tool) Dir { return Dir{path, tool} }
 
 // firewall is where rules are written.
@@ -33,11 +36,20 @@ type firewall interface {
 	remove(ctx context.Context) error
 }
 
+// flavoured is the tool that the rules are written with. Who says iptables does not
+// know the flavour: an ADD or DEL while there is no hand-off.
+func (d Dir) flavoured(f *files) overlay.Tool {
+	if d.tool == overlay.Iptables && f.tool != "" && f.tool != overlay.Nftables {
+		return f.tool
+	}
+	return d.tool
+}
+
 func (f *files) firewall(tool overlay.Tool) firewall {
 	if tool == overlay.Nftables {
 		return nftables{tools{f.lock}}
 	}
-	return iptables{tools{f.lock}}
+	return iptables{tools{f.lock}, xtables.OfTool(tool)}
 }
 
 // Add opens the entry's ports and returns when packets reach the pod, also those
@@ -125,18 +137,19 @@ type update struct {
 // if the node's configuration now names another tool than wrote them, or if they
 // follow from a file that is lost.
 func (d Dir) apply(ctx context.Context, f *files, u update) error {
-	if f.tool != "" && (f.tool != d.tool || f.lost) {
+	tool := d.flavoured(f)
+	if f.tool != "" && (f.tool != tool || f.lost) {
 		if err := f.firewall(f.tool).remove(ctx); err != nil {
 			return fmt.Errorf("remove the rules that %s wrote: %w", f.tool, err)
 		}
 		u.before, u.touched, u.exact = nil, u.after, true
 	}
 	if len(u.after) > 0 {
-		if err := f.mark(d.tool); err != nil {
+		if err := f.mark(tool); err != nil {
 			return err
 		}
 	}
-	if err := f.firewall(d.tool).write(ctx, changes(u.before, u.after, u.touched, u.exact)); err != nil {
+	if err := f.firewall(tool).write(ctx, changes(u.before, u.after, u.touched, u.exact)); err != nil {
 		return err
 	}
 	if len(u.after) == 0 {
@@ -163,7 +176,7 @@ func (d Dir) Check(ctx context.Context, e Entry) ([]string, error) {
 		return []string{"other host ports or masquerade are recorded for " + e.Attachment}, nil
 	}
 	// The rules of one that died a moment ago are there until the next change.
-	return f.firewall(d.tool).differences(ctx, wantedRules(slices.Concat(f.entries, f.dead), own))
+	return f.firewall(d.flavoured(f)).differences(ctx, wantedRules(slices.Concat(f.entries, f.dead), own))
 }
 
 // wantedRules returns the rules of all entries in the families that some touch.
@@ -202,8 +215,8 @@ func (d Dir) Sync(ctx context.Context, keep func(Entry) bool) (repaired []string
 	all := slices.Concat(kept, gone)
 	var drift []string
 	switch {
-	case f.tool == d.tool:
-		drift, err = f.firewall(d.tool).differences(ctx, wantedRules(all, all))
+	case f.tool == d.flavoured(f):
+		drift, err = f.firewall(f.tool).differences(ctx, wantedRules(all, all))
 	case f.tool != "":
 		drift = []string{fmt.Sprintf("the rules of %s are replaced by those of %s", f.tool, d.tool)}
 	case len(all) > 0:
@@ -226,7 +239,7 @@ func (d Dir) Sync(ctx context.Context, keep func(Entry) bool) (repaired []string
 	return append(repaired, drift...), errors.Join(err, f.drop(gone))
 }
 
-// Cleanup removes all of our rules, with either tool, and leaves the entries:
+// Cleanup removes all of our rules, with every tool, and leaves the entries:
 // pods that run keep their claim, and Sync restores their rules.
 func (d Dir) Cleanup(ctx context.Context) error {
 	f := &files{} // what is in the firewall without a directory is removed, too
@@ -237,10 +250,16 @@ func (d Dir) Cleanup(ctx context.Context) error {
 		defer f.close()
 	}
 	var errs []error
-	for tool, program := range map[overlay.Tool]string{overlay.Nftables: "nft", overlay.Iptables: "iptables"} {
-		if installed(program) {
-			errs = append(errs, f.firewall(tool).remove(ctx))
-		}
+	if installed("nft") {
+		errs = append(errs, f.firewall(overlay.Nftables).remove(ctx))
+	}
+	named := []xtables.Flavour{xtables.Nft, xtables.Legacy}
+	named = slices.DeleteFunc(named, func(v xtables.Flavour) bool { return !slices.ContainsFunc(families(), v.Named) })
+	if len(named) == 0 {
+		named = []xtables.Flavour{""}
+	}
+	for _, v := range named {
+		errs = append(errs, f.firewall(v.Tool()).remove(ctx))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("remove host port rules: %w", err)

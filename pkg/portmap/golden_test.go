@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/twill-net/twill/pkg/xtables"
 )
 
 var updateGolden = flag.Bool("update", false, "rewrite the golden files")
@@ -77,7 +79,7 @@ func TestGolden(t *testing.T) {
 		}
 		var doc strings.Builder
 		for _, c := range cs {
-			doc.WriteString("# " + command(c.after.family) + "-restore\n")
+			doc.WriteString("# " + xtables.Plain(c.after.family) + "-restore\n")
 			doc.WriteString(iptablesDocument(iptablesChains(c.before), iptablesChains(c.after), nil))
 		}
 		golden(t, tt.name+".iptables", doc.String())

@@ -9,6 +9,7 @@ import (
 	"strings"
 
 	"github.com/twill-net/twill/pkg/overlay"
+	"github.com/twill-net/twill/pkg/xtables"
 )
 
 // Our iptables chains.
@@ -26,9 +27,11 @@ const (
 
 const jumpComment = "-m comment --comment " + overlay.JumpComment
 
-// iptables writes the rules of each family through iptables-restore, of whatever
-// flavour the node's is.
-type iptables struct{ tools }
+// iptables writes the rules of each family through iptables-restore.
+type iptables struct {
+	tools
+	flavour xtables.Flavour
+}
 
 // chain is a chain of ours and what leads to it. Without rules it does not exist.
 type chain struct {
@@ -159,21 +162,24 @@ func iptablesDocument(before, after []chain, have []found) string {
 	return s.String()
 }
 
-func command(f overlay.Family) string {
-	if f == overlay.IPv6 {
-		return "ip6tables"
+func (t iptables) restore(ctx context.Context, f overlay.Family, doc string) *process {
+	command, err := t.flavour.Command(f)
+	if err != nil {
+		return &process{err: err}
 	}
-	return "iptables"
+	return t.start(ctx, doc, command+"-restore", "--noflush", fmt.Sprintf("--wait=%d", lockSeconds))
 }
 
-func (t iptables) restore(ctx context.Context, f overlay.Family, doc string) *process {
-	return t.start(ctx, doc, command(f)+"-restore", "--noflush", fmt.Sprintf("--wait=%d", lockSeconds))
+// able reports whether the node has the flavour for a family.
+func (t iptables) able(f overlay.Family) bool {
+	command, err := t.flavour.Command(f)
+	return err == nil && installed(command)
 }
 
 // write needs one process per family if the rules are what they should be, else
 // the one that fails, those that look, and one more.
 func (t iptables) write(ctx context.Context, cs []change) error {
-	cs = slices.DeleteFunc(cs, func(c change) bool { return c.impossible(command(c.after.family)) })
+	cs = slices.DeleteFunc(cs, func(c change) bool { return c.impossible(t.able(c.after.family)) })
 	running := make([]*process, len(cs))
 	for i, c := range cs {
 		if c.exact {
@@ -193,7 +199,7 @@ func (t iptables) write(ctx context.Context, cs []change) error {
 			err = t.rewrite(ctx, c.after)
 		}
 		if err != nil {
-			errs = append(errs, fmt.Errorf("write %s rules: %w", command(c.after.family), err))
+			errs = append(errs, fmt.Errorf("write %s rules: %w", xtables.Plain(c.after.family), err))
 		}
 	}
 	return errors.Join(errs...)
@@ -214,10 +220,14 @@ func (t iptables) rewrite(ctx context.Context, want ruleset) error {
 
 // list reads our chains and the hooks that lead to them, all side by side.
 func (t iptables) list(ctx context.Context, f overlay.Family, chains []chain) ([]found, error) {
+	command, err := t.flavour.Command(f)
+	if err != nil {
+		return nil, err
+	}
 	shown := map[string]*process{}
 	show := func(table, name string) {
 		if shown[table+name] == nil {
-			shown[table+name] = t.start(ctx, "", command(f), fmt.Sprintf("--wait=%d", lockSeconds), "-t", table, "-S", name)
+			shown[table+name] = t.start(ctx, "", command, fmt.Sprintf("--wait=%d", lockSeconds), "-t", table, "-S", name)
 		}
 	}
 	for _, c := range chains {
@@ -235,7 +245,7 @@ func (t iptables) list(ctx context.Context, f overlay.Family, chains []chain) ([
 		case status == statusUnreadable && strings.Contains(key, "TWILL-"):
 			lines[key] = []string{"?"} // it is there, and no rule of it is ours
 		default:
-			errs = append(errs, fmt.Errorf("list %s chain: %w", command(f), err))
+			errs = append(errs, fmt.Errorf("list %s chain: %w", xtables.Plain(f), err))
 		}
 		for line := range strings.Lines(p.stdout.String()) {
 			lines[key] = append(lines[key], strings.TrimSpace(line))
@@ -291,7 +301,7 @@ func (t iptables) differences(ctx context.Context, want []ruleset) ([]string, er
 			return nil, err
 		}
 		for i, c := range chains {
-			where := fmt.Sprintf("%s table %s: ", command(r.family), c.table)
+			where := fmt.Sprintf("%s table %s: ", xtables.Plain(r.family), c.table)
 			switch {
 			case have[i].exists && !c.exists():
 				out = append(out, fmt.Sprintf("%schain %s should not be there", where, c.name))
@@ -321,11 +331,20 @@ func (c chain) differences(where string, have found) []string {
 	return out
 }
 
+// mayHold: a node may lack the commands of a family, and legacy tables are only
+// looked for where there are some, for a look makes them.
+func (t iptables) mayHold(f overlay.Family) bool {
+	if t.flavour == xtables.Legacy && len(xtables.LegacyTables(f)) == 0 {
+		return false
+	}
+	return t.able(f)
+}
+
 // remove deletes our chains of the families that the node has iptables for.
 func (t iptables) remove(ctx context.Context) error {
 	var errs []error
 	for _, f := range families() {
-		if !installed(command(f)) {
+		if !t.mayHold(f) {
 			continue
 		}
 		if err := t.rewrite(ctx, ruleset{family: f}); err != nil {

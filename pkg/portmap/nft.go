@@ -218,7 +218,7 @@ func (b block) fill(s *strings.Builder, table string) {
 
 // write needs one process, or, if the table is not what it was left as, two.
 func (t nftables) write(ctx context.Context, cs []change) error {
-	cs = slices.DeleteFunc(cs, func(c change) bool { return c.impossible("nft") })
+	cs = slices.DeleteFunc(cs, func(c change) bool { return c.impossible(installed("nft")) })
 	if len(cs) == 0 {
 		return nil
 	}

@@ -140,4 +140,4 @@ func changes(before, after, touched []Entry, exact bool) []change {
 
 // impossible reports that an ADD is being taken back that failed for want of the
 // tool: what it could not write need not be removed.
-func (c change) impossible(tool string) bool { return c.exact && c.after.empty() && !installed(tool) }
+func (c change) impossible(able bool) bool { return c.exact && c.after.empty() && !able }

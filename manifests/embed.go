@@ -2,7 +2,10 @@
 // clusters, so that what they deploy is what the source shows.
 package manifests
 
-import _ "embed"
+import (
+	"embed"
+	"io/fs"
+)
 
 //go:embed 10-twill.conflist
 var conflist string
@@ -18,3 +21,16 @@ var conflist string
 // The name is flannel's default, for host-local's directory is called after it: a
 // node that comes from flannel, or goes back, keeps its pods' reservations.
 func Conflist() string { return conflist }
+
+//go:embed all:helm/twill
+var helm embed.FS
+
+// Chart is the Helm chart: the one source of what Twill is in a cluster. The plain
+// twill.yaml is what it renders with its default values (make manifests).
+func Chart() fs.FS {
+	chart, err := fs.Sub(helm, "helm/twill")
+	if err != nil {
+		panic(err) // the name is valid
+	}
+	return chart
+}

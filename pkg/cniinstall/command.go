@@ -31,9 +31,9 @@ configuration that was edited stay, and are named; --force replaces them.
 The network has the name it has already, else that of flannel's configuration in
 --conf-dir, else cbr0: the pods' reservations are in a directory of that name, so a
 node can move from flannel and back with its pods running. Runtimes take the first
-configuration by name; those before ours are named. On a node of flannel's, either
-rename 10-flannel.conflist, or use --as-flannel: then that configuration, unchanged,
-gets Twill's plugin.
+configuration by name; those before ours are named. On a node of flannel's, use
+--replace-flannel, which moves flannel's configuration aside once ours is in place, or
+--as-flannel: then that configuration, unchanged, gets Twill's plugin.
 
 --uninstall removes the configuration and then the plugin, and puts back flannel's.
 Drain the node first: pods that are left cannot be removed without the plugin.
@@ -67,6 +67,8 @@ func newCommand() *command {
 	s.StringVar(&c.ConfName, "conf-name", "10-twill.conflist", "`name` of the configuration in --conf-dir")
 	s.StringVar(&c.Mode, "mode", "", "`wiring` of pods: bridged, by the bridge cni0, or routed, without a bridge (default: as the configuration there says, else bridged)")
 	s.BoolVar(&c.AsFlannel, "as-flannel", false, "put the plugin in the place of flannel's, too, which is kept and put back by --uninstall")
+	s.BoolVar(&c.ReplaceFlannel, "replace-flannel", false, "move flannel's configuration aside, which --uninstall puts back")
+	s.BoolVar(&c.SkipConf, "skip-conf", false, "leave the configuration to the operator")
 	s.BoolVar(&c.Force, "force", false, "replace a newer release, a foreign plugin, an edited configuration; with --uninstall remove what is still in use")
 	s.BoolVar(&c.uninstall, "uninstall", false, "remove what is Twill's")
 	s.StringVar(&c.output, "o", "table", "`format` of the output: table or json")
@@ -83,6 +85,12 @@ func (c *command) parse(args []string, exe string) error {
 	}
 	if c.Mode != "" && c.Mode != "bridged" && c.Mode != "routed" {
 		return fmt.Errorf("--mode %q: must be bridged or routed", c.Mode)
+	}
+	if c.AsFlannel && c.ReplaceFlannel {
+		return errors.New("--as-flannel --replace-flannel: one keeps flannel's configuration, the other moves it aside: give one of them")
+	}
+	if c.ReplaceFlannel && c.SkipConf {
+		return errors.New("--replace-flannel --skip-conf: without ours in its place flannel's configuration must stay: give one of them")
 	}
 	if c.output != "table" && c.output != "json" {
 		return fmt.Errorf("-o %q: must be table or json", c.output)

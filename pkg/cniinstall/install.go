@@ -23,7 +23,9 @@ type Options struct {
 	ConfName string // of the configuration, in ConfDir
 	Mode     string // "bridged" or "routed"; empty: as the configuration there says
 
-	AsFlannel bool // put the plugin in the place of flannel's, too
+	AsFlannel      bool // put the plugin in the place of flannel's, too
+	ReplaceFlannel bool // put the configuration in the place of flannel's, which is moved aside
+	SkipConf       bool // the configuration is the operator's
 	Force     bool // go back to an older release, drop what others wrote
 }
 
@@ -31,7 +33,7 @@ type Options struct {
 type Step struct {
 	What   string `json:"what"` // directory, binary or conflist
 	Path   string `json:"path"`
-	Result string `json:"result"` // created, installed, replaced, unchanged, kept, removed, restored or absent
+	Result string `json:"result"` // created, installed, replaced, unchanged, kept, removed, moved, restored or absent
 	Detail string `json:"detail,omitempty"`
 
 	do func() error // nil: nothing is to be done
@@ -74,7 +76,7 @@ func Install(ctx context.Context, o Options) (Report, error) {
 	if err == nil {
 		err = j.run(steps)
 	}
-	if err == nil {
+	if err == nil && !j.SkipConf {
 		err = j.lookBack()
 	}
 	return j.Report, err
@@ -144,8 +146,15 @@ func (j *job) plan() ([]Step, error) {
 		}
 		steps = append(steps, s)
 	}
+	if j.SkipConf {
+		return steps, nil
+	}
 	s, err := j.conflist()
-	return append(steps, s), err
+	if err != nil || !j.ReplaceFlannel {
+		return append(steps, s), err
+	}
+	aside, err := j.moveAside()
+	return append(append(steps, s), aside...), err
 }
 
 // run takes the steps in order, and stops at the first that fails.

@@ -110,6 +110,25 @@ var situations = []struct {
 	},
 	{name: "another name", args: []string{"--conf-name=00-twill.conflist"}, before: flannels, after: "flannel=foreign twill=old 00-twill.conflist=podnet/bridged 10-flannel.conflist=podnet"},
 
+	{
+		name: "in flannel's place", before: flannels, args: []string{"--replace-flannel"}, says: []string{"10-flannel.conflist", "moved", ".10-flannel.conflist.before-twill"},
+		after: "flannel=foreign twill=old .10-flannel.conflist.before-twill=podnet 10-twill.conflist=podnet/bridged",
+	},
+	{
+		name: "in flannel's place, which came back", before: func(n *node) { flannels(n); n.must("--replace-flannel"); flannels(n) }, args: []string{"--replace-flannel"}, says: []string{"moved"},
+		after: "flannel=foreign twill=old .10-flannel.conflist.before-twill=podnet 10-twill.conflist=podnet/bridged",
+	},
+	{
+		name: "in flannel's place, with another plugin", args: []string{"--replace-flannel"}, before: func(n *node) {
+			n.put(n.conf("10-flannel.conflist"), []byte(`{"name":"a","plugins":[{"type":"flannel"},{"type":"tuning"}]}`), 0o644)
+		},
+		says: []string{"plugin tuning of", "has no part in 10-twill.conflist"}, after: "twill=old .10-flannel.conflist.before-twill=a 10-twill.conflist=a/bridged",
+	},
+	{name: "in flannel's place without flannel", args: []string{"--replace-flannel"}, after: fresh},
+	{name: "the operator's configuration", args: []string{"--skip-conf"}, before: flannels, after: "flannel=foreign twill=old 10-flannel.conflist=podnet"},
+	{name: "uninstall from flannel's place", before: func(n *node) { flannels(n); n.must("--replace-flannel") }, args: []string{"--uninstall"}, says: []string{"restored"}, after: "flannel=foreign 10-flannel.conflist=podnet"},
+	{name: "uninstall from flannel's place, which came back", before: func(n *node) { flannels(n); n.must("--replace-flannel"); flannels(n) }, args: []string{"--uninstall"}, says: []string{"kept", "there again"}, after: "flannel=foreign 10-flannel.conflist=podnet"},
+
 	{name: "uninstall nothing", args: []string{"--uninstall"}, says: []string{"absent"}},
 	{name: "uninstall", before: func(n *node) { n.must() }, args: []string{"--uninstall"}, says: []string{"removed"}},
 	{name: "uninstall flannel's place", before: func(n *node) { flannels(n); n.must("--as-flannel") }, args: []string{"--uninstall"}, says: []string{"restored"}, after: "flannel=foreign 10-flannel.conflist=podnet"},

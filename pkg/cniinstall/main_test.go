@@ -158,7 +158,7 @@ func (n *node) what(path string) string {
 		n.Fatal(err)
 	}
 	content := n.read(path)
-	if strings.HasSuffix(path, ".conflist") {
+	if strings.HasSuffix(strings.TrimSuffix(path, ".before-twill"), ".conflist") {
 		c := parseNetwork(filepath.Base(path), content)
 		switch {
 		case c.err != nil:

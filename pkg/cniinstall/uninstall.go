@@ -29,8 +29,9 @@ func Uninstall(ctx context.Context, o Options) (Report, error) {
 	if err != nil {
 		return j.Report, err
 	}
-	conf, stays := j.withdraw(all)
-	steps := []Step{conf}
+	back, returned := j.moveBack(all)
+	conf, stays := j.withdraw(append(all, returned...))
+	steps := append(back, conf)
 	var refused []error
 	for _, name := range []string{"twill", "flannel"} {
 		found, err := j.withdrawBinary(name, stays)

@@ -1,6 +1,7 @@
 // Package netctl is the operator's view of the overlay: what the cluster says
 // (the lease store), what the node has (its kernel) and what the daemon makes of
-// both, with every difference marked. It reads; it never writes.
+// both, with every difference marked. On a node it reads and never writes; into
+// Kubernetes clusters it puts Twill, by pkg/install.
 package netctl
 
 import (
@@ -92,8 +93,9 @@ func (a *app) root() *cobra.Command {
 		Use:   "netctl",
 		Short: "Show the overlay network and what is wrong with it",
 		Long: `netctl shows the overlay network of this node: what the cluster says (the
-leases in etcd), what the kernel has, and what twilld makes of both.
-It changes nothing. Reading the kernel's firewall needs root.
+leases in etcd), what the kernel has, and what twilld makes of both. Reading the
+kernel's firewall needs root. It changes nothing, but for the commands that put Twill
+into a Kubernetes cluster (install, uninstall, migrate-from-flannel).
 ` + exitCodes,
 		SilenceErrors: true,
 		SilenceUsage:  true,
@@ -116,7 +118,7 @@ It changes nothing. Reading the kernel's firewall needs root.
 	root.SetFlagErrorFunc(func(c *cobra.Command, err error) error {
 		return fmt.Errorf("%w; see %s --help", err, c.CommandPath())
 	})
-	root.AddCommand(a.leases(), a.routes(), a.status(), a.diff(), a.drift(), a.bgp(), a.version())
+	root.AddCommand(a.leases(), a.routes(), a.status(), a.diff(), a.drift(), a.bgp(), a.version(), a.install(), a.uninstall(), a.migrate())
 	return root
 }
 

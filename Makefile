@@ -6,13 +6,13 @@ SHELL := /bin/bash
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 BIN     := build/bin
-PROGRAMS := $(BIN)/twilld $(BIN)/netctl $(BIN)/twill $(BIN)/lab $(BIN)/nothing
-GO_FILES := $(shell find daemon e2e pkg plugins -name '*.go') go.mod go.sum
+PROGRAMS := $(BIN)/twilld $(BIN)/netctl $(BIN)/twill $(BIN)/lab $(BIN)/nothing $(BIN)/flannelstandin
+GO_FILES := $(shell find daemon e2e pkg plugins -name '*.go') $(shell find manifests -type f) go.mod go.sum
 FUZZTIME ?= 10s
 
 .PHONY: help
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 .PHONY: deps
 deps: ## install the Debian packages that demo and benchmarks need
@@ -36,6 +36,9 @@ $(BIN)/lab: $(GO_FILES)
 $(BIN)/nothing: $(GO_FILES)
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./e2e/nothing
 
+$(BIN)/flannelstandin: $(GO_FILES)
+	CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o $@ ./e2e/kubernetes/flannelstandin
+
 # For another architecture: make image GOARCH=arm64. Two builds of one commit with the
 # same packages of Debian's give the same bytes; make clean makes it fetch them anew.
 IMAGE_ARCH = $(or $(GOARCH),$(shell go env GOARCH))
@@ -57,6 +60,14 @@ demo: deps build ## three hosts, an etcd, pods: see packets cross, and the backe
 test: test-deps lint build ## lint and all tests, with the race detector where goroutines are, on real kernels and etcd
 	@e2e/test.sh
 
+.PHONY: kubernetes
+kubernetes: test-deps ## build real Kubernetes for the tests, once; kept in TWILL_KUBERNETES (/var/tmp/twill-kubernetes)
+	@e2e/kubernetes/build.sh
+
+.PHONY: e2e-kubernetes
+e2e-kubernetes: test-deps build image ## Twill from its image on real Kubernetes: control plane, three nodes, kubelets
+	@e2e/kubernetes.sh
+
 .PHONY: bench
 bench: deps build ## measure: 10,000 peers, one more peer, CNI, beside a reference in the same run
 	@TWILL_BIN_DIR=$(BIN) $(BIN)/lab bench
@@ -67,7 +78,7 @@ fuzz: ## run every fuzzer for FUZZTIME (10s) each
 
 .PHONY: lint
 lint: ## gofumpt, vet, staticcheck, import layers
-	@out=$$(go tool gofumpt -l daemon e2e pkg plugins); [ -z "$$out" ] || { echo "not gofumpt'ed: $$out"; exit 1; }
+	@out=$$(go tool gofumpt -l daemon e2e manifests pkg plugins); [ -z "$$out" ] || { echo "not gofumpt'ed: $$out"; exit 1; }
 	go vet ./...
 	go tool staticcheck ./...
 	go test -count=1 -run TestImportLayers ./e2e/layers

@@ -44,13 +44,17 @@ type Options struct {
 	Hosts  int
 	Config string // stored in etcd; empty: none
 	Etcd   nettest.EtcdOptions
-	Args   []string // for every twilld, beside the store and --ip-masq
+	// Store is where leases are kept: etcd, or "kubernetes". There, each node has the
+	// podCIDRs 10.5.<n>.0/24 and fd00:5:0:<n>::/64.
+	Store string
+	Args  []string // for every twilld, beside the store and --ip-masq
 }
 
 // Cluster is an etcd and hosts with Twill's programs in their PATH.
 type Cluster struct {
 	Lab   *nettest.Lab
 	Etcd  *nettest.Etcd
+	Kube  *KubeStore // nil unless it is the store
 	Nodes []*Node
 	opts  Options
 }
@@ -94,7 +98,12 @@ func New(ctx context.Context, lab *nettest.Lab, opts Options) (*Cluster, error) 
 	for _, h := range hosts {
 		c.Nodes = append(c.Nodes, &Node{Host: h, cluster: c})
 	}
-	if c.Etcd, err = lab.StartEtcd(opts.Etcd); err != nil {
+	if opts.Store == "kubernetes" {
+		err = c.startKube(ctx)
+	} else {
+		c.Etcd, err = lab.StartEtcd(opts.Etcd)
+	}
+	if err != nil {
 		return nil, err
 	}
 	if opts.Config == "" {
@@ -105,6 +114,9 @@ func New(ctx context.Context, lab *nettest.Lab, opts Options) (*Cluster, error) 
 
 // Configure stores a network configuration.
 func (c *Cluster) Configure(ctx context.Context, config string) error {
+	if c.Kube != nil {
+		return c.configureKube(config)
+	}
 	_, err := c.Etcd.Client().Put(ctx, Prefix+"/config", config)
 	return err
 }
@@ -144,9 +156,16 @@ func (c *Cluster) StoreArgs() []string {
 	return args
 }
 
+func (n *Node) storeArgs() []string {
+	if n.cluster.Kube != nil {
+		return n.kubeArgs()
+	}
+	return n.cluster.StoreArgs()
+}
+
 // Start starts twilld with the cluster's flags and more.
 func (n *Node) Start(more ...string) error {
-	args := append(n.cluster.StoreArgs(), "--ip-masq", "--healthz-ip=127.0.0.1", fmt.Sprintf("--healthz-port=%d", healthPort))
+	args := append(n.storeArgs(), "--ip-masq", "--healthz-ip=127.0.0.1", fmt.Sprintf("--healthz-port=%d", healthPort))
 	return n.StartWith(append(append(args, n.cluster.opts.Args...), more...)...)
 }
 
@@ -156,7 +175,7 @@ func (n *Node) StartWith(args ...string) error {
 	if err != nil {
 		return err
 	}
-	n.Daemon, err = n.Host.Start(nettest.Program{Path: path, Args: args, Name: "twilld"})
+	n.Daemon, err = n.Host.Start(nettest.Program{Path: path, Args: args, Env: []string{"NODE_NAME=" + n.Name}, Name: "twilld"})
 	return err
 }
 

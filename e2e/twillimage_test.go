@@ -10,19 +10,22 @@ import (
 	"testing"
 )
 
-// makeImage copies the source to dir and runs make image there.
-func makeImage(t *testing.T, dir, version string) (file string, content []byte) {
+// copySource copies the source, without what was built from it, and the packages of
+// Debian's that make image has fetched before.
+func copySource(t *testing.T, to string) {
 	t.Helper()
-	source, err := filepath.Abs("..")
-	must(t, err)
-	// Debian's packages that make image has fetched before are used again.
-	script := `mkdir -p "$1/build/image" && cd "$2" &&
+	script := `mkdir -p "$1/build/image" && cd .. &&
 		for d in build/image/debian-*; do [ ! -d "$d" ] || cp -a "$d" "$1/build/image"; done &&
 		git ls-files -z --cached --others --exclude-standard | while IFS= read -rd '' f; do [ ! -e "$f" ] || printf '%s\0' "$f"; done |
 			tar --null --files-from=- --create | tar --extract --directory "$1"`
-	if out, err := exec.Command("bash", "-ec", script, "bash", dir, source).CombinedOutput(); err != nil {
+	if out, err := exec.Command("bash", "-ec", script, "bash", to).CombinedOutput(); err != nil {
 		t.Fatalf("copy the source: %v: %s", err, out)
 	}
+}
+
+// makeImage runs make image on the source in dir.
+func makeImage(t *testing.T, dir, version string) (file string, content []byte) {
+	t.Helper()
 	file = filepath.Join(dir, "twill.tar")
 	cmd := exec.Command("make", "image", "IMAGE="+file, "VERSION="+version, "SOURCE_DATE_EPOCH=1700000000")
 	cmd.Dir = dir
@@ -41,9 +44,13 @@ func makeImage(t *testing.T, dir, version string) (file string, content []byte) 
 // what is in it.
 func TestImage(t *testing.T) {
 	const version = "v0.0.0-e2e"
-	dir := t.TempDir()
-	file, first := makeImage(t, filepath.Join(dir, "here"), version)
-	if _, second := makeImage(t, filepath.Join(dir, "some", "where", "else"), version); !bytes.Equal(first, second) {
+	here, elsewhere := filepath.Join(t.TempDir(), "here"), filepath.Join(t.TempDir(), "some", "where", "else")
+	copySource(t, here)
+	if out, err := exec.Command("sh", "-c", `mkdir -p "$2" && cp -a "$1/." "$2"`, "sh", here, elsewhere).CombinedOutput(); err != nil {
+		t.Fatalf("copy the copy: %v: %s", err, out)
+	}
+	file, first := makeImage(t, here, version)
+	if _, second := makeImage(t, elsewhere, version); !bytes.Equal(first, second) {
 		t.Error("two images of the same source differ")
 	}
 

@@ -111,9 +111,12 @@ func places() map[string]string {
 	return map[string]string{"twilld": "usr/local/bin/twilld", "netctl": "usr/local/bin/netctl", "twill": "opt/cni/bin/twill"}
 }
 
+func machine(arch string) elf.Machine {
+	return map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AARCH64}[arch]
+}
+
 // checkPrograms refuses programs that would not run in the image.
 func (b build) checkPrograms() error {
-	machine := map[string]elf.Machine{"amd64": elf.EM_X86_64, "arm64": elf.EM_AARCH64}[b.arch]
 	for name := range places() {
 		file := filepath.Join(b.programs, name)
 		f, err := elf.Open(file)
@@ -125,7 +128,7 @@ func (b build) checkPrograms() error {
 		switch {
 		case err != nil:
 			return fmt.Errorf("read program %s: %w", file, err)
-		case machine != 0 && f.Machine != machine:
+		case machine(b.arch) != elf.EM_NONE && f.Machine != machine(b.arch):
 			return fmt.Errorf("use program %s: it is for %s, and the image for %s: build it with GOARCH=%[3]s", file, f.Machine, b.arch)
 		case len(linked) > 0:
 			return fmt.Errorf("use program %s: it needs libraries (%s): build it with CGO_ENABLED=0", file, strings.Join(linked, ", "))

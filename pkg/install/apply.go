@@ -176,6 +176,11 @@ func differences(before, after *unstructured.Unstructured) []string {
 		for _, own := range []string{"managedFields", "resourceVersion", "generation", "creationTimestamp", "uid"} {
 			delete(meta, own)
 		}
+		if notes, ok := meta["annotations"].(map[string]any); ok {
+			notes = maps.Clone(notes)
+			delete(notes, "deprecated.daemonset.template.generation")
+			meta["annotations"] = notes
+		}
 		m["metadata"] = meta
 		return m
 	}

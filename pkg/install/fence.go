@@ -12,6 +12,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/util/retry"
 )
 
 // beforeAnnotation is on flannel's DaemonSets: what fence changed.
@@ -64,15 +65,23 @@ func (c *Cluster) reshape(ctx context.Context, f *flannel, o ApplyOptions, edit 
 	var changes []Change
 	for _, ds := range f.daemonSets {
 		done := Change{Kind: "DaemonSet", Name: ds.Namespace + "/" + ds.Name, Result: "unchanged"}
-		fresh := ds.DeepCopy() // an update of an older version is refused: somebody changed it since
-		changed, err := edit(fresh)
-		if err == nil && changed {
+		daemonSets := c.apps.DaemonSets(ds.Namespace)
+		// Its controller writes its status all the time.
+		err := retry.RetryOnConflict(retry.DefaultBackoff, func() error {
+			fresh, err := daemonSets.Get(ctx, ds.Name, metav1.GetOptions{})
+			if err != nil {
+				return err
+			}
+			changed, err := edit(fresh)
+			if err != nil || !changed {
+				return err
+			}
 			done.Result = "changed"
-			_, err = c.apps.DaemonSets(ds.Namespace).Update(ctx, fresh, metav1.UpdateOptions{FieldManager: FieldManager, DryRun: o.dryRun()})
-			err = c.explain("update", err)
-		}
+			_, err = daemonSets.Update(ctx, fresh, metav1.UpdateOptions{FieldManager: FieldManager, DryRun: o.dryRun()})
+			return err
+		})
 		if err != nil {
-			return changes, fmt.Errorf("change flannel's DaemonSet %s: %w", done.Name, err)
+			return changes, c.explain("change flannel's DaemonSet "+done.Name, err)
 		}
 		changes = append(changes, done)
 	}

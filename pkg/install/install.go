@@ -3,9 +3,13 @@ package install
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // Options say what Install does.
@@ -77,7 +81,35 @@ func (c *Cluster) Install(ctx context.Context, o Options) (Report, error) {
 	limited, cancel := context.WithTimeoutCause(ctx, o.Wait, fmt.Errorf("it is not done within %s: go on waiting with the same command, or look at the pods: kubectl -n %s describe pods -l %s", o.Wait, namespace, podSelector))
 	defer cancel()
 	report.Nodes, err = c.waitRollout(limited, namespace)
+	if err == nil {
+		report.Warnings = append(report.Warnings, c.initWarnings(ctx, namespace)...)
+	}
 	return report, err
+}
+
+// initWarnings are those of install-cni on the nodes, like another network's
+// configuration that comes before ours. They are told once, however many nodes say the
+// same.
+func (c *Cluster) initWarnings(ctx context.Context, namespace string) []string {
+	pods, err := c.core.Pods(namespace).List(ctx, metav1.ListOptions{LabelSelector: podSelector})
+	if err != nil {
+		return nil // the rollout is done, and no kubelet needs to be asked for that
+	}
+	nodes := map[string][]string{}
+	for _, p := range pods.Items {
+		p.Spec.Containers = nil // the init container alone
+		for line := range strings.Lines(c.logs(ctx, &p)) {
+			if w, ok := strings.CutPrefix(strings.TrimSpace(line), "warning: "); ok {
+				nodes[w] = append(nodes[w], nodeOf(p))
+			}
+		}
+	}
+	var out []string
+	for _, w := range slices.Sorted(maps.Keys(nodes)) {
+		slices.Sort(nodes[w])
+		out = append(out, strings.Join(nodes[w], ", ")+": "+w)
+	}
+	return out
 }
 
 // render renders the values, keeps them with the objects and checks the nodes.

@@ -124,7 +124,7 @@ Namespace twill-system deleted`
 	}
 	report, err = r.Uninstall(t.Context(), o)
 	check(t, err)
-	if report.Changed() && !strings.Contains(results(report), "Namespace twill-system deleted") { // it takes its time to end
+	if report.Changed() {
 		t.Errorf("the second run changed:\n%s", results(report))
 	}
 }
@@ -144,7 +144,7 @@ func TestPreflight(t *testing.T) {
 	try("podCidr=10.244.0.0/16", "podCIDR 10.99.1.0/24 of node b is not in the pods' network 10.244.0.0/16", "no podCIDR on c (IPv4)", "--allocate-node-cidrs=true --cluster-cidr=10.244.0.0/16", "allocateSubnets")
 	try("podCidr=10.0.0.0/8\\,x", "check values", "podCidr")
 	try("twill.backend=ipsec", "check values", "twill/backend")
-	try("twill.netConfJson={", "check net-conf.json")
+	try("twill.netConfJson=x", "check net-conf.json")
 	try("podCidr=10.0.0.0/33", "check net-conf.json", "10.0.0.0/33")
 
 	_, err := r.admin.CoreV1().ConfigMaps("kube-system").Create(t.Context(), &corev1.ConfigMap{

@@ -278,7 +278,7 @@ func (c *Cluster) release(ctx context.Context, f *flannel, namespace string, rep
 			return report, nil
 		}
 	}
-	deleted, err := c.deleteAll(ctx, namespace, o.Apply)
+	deleted, err := c.deleteAll(ctx, namespace, o.Apply, o.Wait)
 	report.Changes = append(report.Changes, deleted...)
 	if err != nil {
 		return report, err

@@ -277,7 +277,7 @@ func TestFlannelRefused(t *testing.T) {
 		was, is string
 		says    []string
 	}{
-		{"--ip-masq, ", "--ip-masqq, --etcd-endpoints=x, here, ", []string{"--ip-masqq: Twill knows no such flag", "--etcd-endpoints: has no meaning", "here: is no flag"}},
+		{"--ip-masq, ", "--ip-masqq=1, --etcd-endpoints=x, here, ", []string{"--ip-masqq: Twill knows no such flag", "--etcd-endpoints: has no meaning", "here: is no flag"}},
 		{"--kube-subnet-mgr", "--kube-subnet-mgr=false", []string{"keeps its leases in etcd"}},
 		{"-iface, eth1", "--public-ip=$(IP)", []string{"--public-ip=$(IP)", "--set twill.args"}},
 		{"[/opt/bin/flanneld]", "[/bin/sh, -c]", []string{"/bin/sh"}},
@@ -293,7 +293,7 @@ func TestFlannelRefused(t *testing.T) {
 		wantError(t, err, tt.says...)
 	}
 	f := &flannel{daemonSets: []appsv1.DaemonSet{*parseDaemonSet(t, flannelDaemonSet)}}
-	f.config.Data = map[string]string{netConfKey: `{"Network":"10.244.0.0/16","Backend":{"Type":"ipsec","PSK":"x"}}`}
+	f.config.Data = map[string]string{netConfKey: `{"Network":"10.244.0.0/16","Backend":{"Type":"ali-vpc"}}`}
 	_, err := f.values()
-	wantError(t, err, "take over flannel's net-conf.json", "ipsec")
+	wantError(t, err, "take over flannel's net-conf.json", "ali-vpc")
 }

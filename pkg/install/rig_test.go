@@ -103,8 +103,7 @@ func (r *rig) startControllers(t *testing.T) {
 	kubeconfig, err := r.api.WriteKubeconfig("controllers", "")
 	check(t, err)
 	_, err = r.api.Host.Start(nettest.Program{Path: kubernetesProgram(t, "kube-controller-manager"), Args: []string{
-		"--kubeconfig=" + kubeconfig, "--authentication-kubeconfig=" + kubeconfig, "--authorization-kubeconfig=" + kubeconfig,
-		"--leader-elect=false", "--bind-address=127.0.0.1", "--cert-dir=" + t.TempDir(),
+		"--kubeconfig=" + kubeconfig, "--leader-elect=false", "--secure-port=0",
 		"--controllers=daemonset-controller,serviceaccount-controller,namespace-controller,garbage-collector-controller",
 	}})
 	check(t, err)

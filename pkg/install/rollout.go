@@ -157,13 +157,13 @@ func waitsFor(p corev1.Pod) string {
 			return "not scheduled: " + cond.Message
 		}
 	}
-	if p.Status.Phase == corev1.PodFailed {
-		return cmp.Or(p.Status.Message, p.Status.Reason, "the pod failed")
-	}
 	for _, s := range append(slices.Clone(p.Status.InitContainerStatuses), p.Status.ContainerStatuses...) {
 		if says := containerWaitsFor(s); says != "" {
 			return says
 		}
+	}
+	if p.Status.Phase == corev1.PodFailed {
+		return cmp.Or(p.Status.Message, p.Status.Reason, "the pod failed")
 	}
 	if len(p.Status.ContainerStatuses) == 0 {
 		return "the kubelet has not taken the pod up"

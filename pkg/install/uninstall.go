@@ -49,7 +49,7 @@ func (c *Cluster) Uninstall(ctx context.Context, o UninstallOptions) (Report, er
 			return report, fmt.Errorf("%w: Twill's objects are still there: clean these nodes by running this command again, or leave them as they are with --force", err)
 		}
 	}
-	report.Changes, err = c.deleteAll(ctx, o.Namespace, ApplyOptions{DryRun: o.DryRun})
+	report.Changes, err = c.deleteAll(ctx, o.Namespace, ApplyOptions{DryRun: o.DryRun}, o.Wait)
 	return report, err
 }
 
@@ -131,15 +131,15 @@ func (c *Cluster) cleanNode(ctx context.Context, ds *appsv1.DaemonSet, node stri
 		}
 	}
 	state.Waits = strings.Join(stays, "; ")
-	return state, c.forgetNode(ctx, node)
+	return state, c.forgetNode(ctx, node, annotationPrefix(ds))
 }
 
 // forgetNode removes what twilld said of itself on a Node object, by which other nodes
 // would still send to it.
-func (c *Cluster) forgetNode(ctx context.Context, node string) error {
+func (c *Cluster) forgetNode(ctx context.Context, node, prefix string) error {
 	annotations := map[string]any{}
 	for _, key := range []string{"kube-subnet-manager", "backend-type", "backend-data", "backend-v6-data", "public-ip", "public-ipv6"} {
-		annotations["flannel.alpha.coreos.com/"+key] = nil
+		annotations[prefix+key] = nil
 	}
 	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{"annotations": annotations}})
 	if err != nil {
@@ -152,8 +152,30 @@ func (c *Cluster) forgetNode(ctx context.Context, node string) error {
 	return c.explain("remove the annotations of node "+node, err)
 }
 
-// deleteAll removes Twill's objects, what needs others first.
-func (c *Cluster) deleteAll(ctx context.Context, namespace string, o ApplyOptions) ([]Change, error) {
+// annotationPrefix is what the names of twilld's annotations begin with: flannel's rule,
+// that a prefix without a slash gets one, and one with a slash a dash.
+func annotationPrefix(ds *appsv1.DaemonSet) string {
+	prefix := "flannel.alpha.coreos.com"
+	for _, c := range ds.Spec.Template.Spec.Containers {
+		flags, _ := parseFlags(c.Args)
+		for _, f := range flags {
+			if f.name == "kube-annotation-prefix" && f.value != "" {
+				prefix = f.value
+			}
+		}
+	}
+	switch {
+	case !strings.Contains(prefix, "/"):
+		return prefix + "/"
+	case !strings.HasSuffix(prefix, "/") && !strings.HasSuffix(prefix, "-"):
+		return prefix + "-"
+	}
+	return prefix
+}
+
+// deleteAll removes Twill's objects, what needs others first, and waits until the
+// namespace is gone: nothing could be made there meanwhile.
+func (c *Cluster) deleteAll(ctx context.Context, namespace string, o ApplyOptions, patience time.Duration) ([]Change, error) {
 	var changes []Change
 	for _, kind := range slices.Backward(order) {
 		in, object := namespace, name
@@ -177,8 +199,39 @@ func (c *Cluster) deleteAll(ctx context.Context, namespace string, o ApplyOption
 			return changes, err
 		}
 		changes = append(changes, done)
+		if kind == "Namespace" && !o.DryRun {
+			if err := c.waitEnded(ctx, namespace, patience); err != nil {
+				return changes, err
+			}
+		}
 	}
 	return changes, nil
+}
+
+// waitEnded waits until a deleted namespace is gone, and says what holds it.
+func (c *Cluster) waitEnded(ctx context.Context, namespace string, patience time.Duration) error {
+	limited, cancel := context.WithTimeoutCause(ctx, patience, fmt.Errorf("it is not done within %s", patience))
+	defer cancel()
+	c.Progress("namespace %s ends", namespace)
+	var ns *corev1.Namespace
+	look := func() (bool, error) {
+		got, err := c.core.Namespaces().Get(limited, namespace, metav1.GetOptions{})
+		if err == nil {
+			ns = got
+		}
+		return apierrors.IsNotFound(err), nil
+	}
+	return poll(limited, look, func() error {
+		err := fmt.Errorf("delete Namespace %s: it does not end", namespace)
+		if ns != nil {
+			for _, cond := range ns.Status.Conditions {
+				if cond.Status == corev1.ConditionTrue {
+					err = fmt.Errorf("%w: %s", err, cond.Message)
+				}
+			}
+		}
+		return err
+	})
 }
 
 // ownNamespace reports whether a namespace was made for Twill, and holds nobody

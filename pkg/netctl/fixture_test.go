@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"net/netip"
@@ -197,6 +198,19 @@ func lease(t *testing.T, key string, n byte) *overlay.Lease {
 		l.VTEPv6 = overlay.VTEP{VNI: 1, MAC: overlay.MAC{0x0e, 0x2a, 0, 0, 6, n}}
 	}
 	return l
+}
+
+// inKubernetes makes the leases those of Nodes, one with annotations that are none,
+// and one that publishes nothing but its address, as udp does.
+func inKubernetes(t *testing.T, w *world) {
+	w.status.Store.Kind, w.status.Store.Node, w.status.Store.Endpoints = "kubernetes", "node-1", []string{"https://198.51.100.210:6443"}
+	w.snap.Leases = append(w.snap.Leases, lease(t, "10.5.5.0-24&fd00:5:0:5::-64", 5), lease(t, "10.5.6.0-24&fd00:5:0:6::-64", 6))
+	for i, l := range w.snap.Leases {
+		l.Grant, l.Node = 0, fmt.Sprintf("node-%d", i+1)
+	}
+	w.snap.Leases[4].Attrs, w.snap.Leases[4].Err = overlay.Attrs{}, errors.New("annotations: they have neither flannel.alpha.coreos.com/public-ip nor flannel.alpha.coreos.com/public-ipv6")
+	w.snap.Leases[5].Backend, w.snap.Leases[5].VTEP, w.snap.Leases[5].VTEPv6 = "", overlay.VTEP{}, overlay.VTEP{}
+	w.settle(t)
 }
 
 // sabotage is what happens to a cluster in life, once each.

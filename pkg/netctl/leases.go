@@ -38,6 +38,7 @@ type leaseReport struct {
 // leaseRow is one lease in the cluster's view and in the node's.
 type leaseRow struct {
 	Key        string         `json:"key,omitempty"`
+	Node       string         `json:"node,omitempty"` // its name, in Kubernetes
 	Subnets    []netip.Prefix `json:"subnets"`
 	PublicIPs  []netip.Addr   `json:"publicIPs"`
 	Backend    string         `json:"backend,omitempty"`
@@ -127,16 +128,19 @@ func (r leaseRow) wrong() bool {
 
 func (a *app) printLeases(s *sight, report leaseReport) error {
 	t := a.table()
-	t.header("SUBNET", "PUBLIC IP", "BACKEND", "DATA", "LEASE", "NODE VIEW")
+	t.header("NODE", "SUBNET", "PUBLIC IP", "BACKEND", "DATA", "LEASE", "NODE VIEW")
 	for _, r := range report.Leases {
 		backend := r.Backend
 		if backend == "" && !r.Reserved && r.Key != "" && !r.unreadable {
 			backend = "udp or alloc" // flannel writes neither
 		}
-		cells := texts(list(r.Subnets), list(r.PublicIPs), orDash(backend), r.data(s.commonVNI()), r.life())
+		cells := texts(orDash(r.Node), list(r.Subnets), list(r.PublicIPs), orDash(backend), r.data(s.commonVNI()), r.life())
 		t.row(append(cells, r.view())...)
 	}
-	t.dropEmpty("DATA")
+	t.dropEmpty("NODE", "DATA")
+	if slices.ContainsFunc(report.Leases, func(r leaseRow) bool { return r.Node != "" }) {
+		t.dropEmpty("LEASE")
+	}
 	if err := t.print(a.stdout); err != nil {
 		return err
 	}
@@ -198,7 +202,7 @@ func (r leaseRow) data(common uint32) string {
 
 func (r leaseRow) life() string {
 	switch {
-	case r.Key == "":
+	case r.Key == "", r.Node != "": // a Node's ends with the Node
 		return "-"
 	case r.Reserved:
 		return "reserved"

@@ -42,8 +42,8 @@ func (s *sight) leaseReport() leaseReport {
 
 func (s *sight) leaseRow(l *overlay.Lease, j *judge) leaseRow {
 	r := leaseRow{
-		Key: l.Key(), Subnets: l.All(), PublicIPs: []netip.Addr{}, VTEPs: []vtep{},
-		Backend: s.backendOf(l), Reserved: l.Reserved(), Created: l.Created, Modified: l.Modified, unreadable: l.Err != nil,
+		Key: l.Key(), Node: l.Node, Subnets: l.All(), PublicIPs: []netip.Addr{}, VTEPs: []vtep{},
+		Backend: s.backendOf(l), Reserved: l.Reserved() && l.Node == "", Created: l.Created, Modified: l.Modified, unreadable: l.Err != nil,
 	}
 	r.publishes(l.Attrs)
 	if left, ok := s.expiry[l]; ok {
@@ -162,6 +162,9 @@ func without[T any](s []T, drop func(T) bool) []T {
 
 func (j *judge) lease(l *overlay.Lease) (view string, detail []string) {
 	objects := []string{"lease " + l.Key()}
+	if l.Node != "" {
+		objects = append(objects, "node "+l.Node)
+	}
 	for _, p := range l.All() {
 		objects = append(objects, "route "+p.String())
 	}
@@ -176,7 +179,7 @@ func (j *judge) lease(l *overlay.Lease) (view string, detail []string) {
 		return nodeProblem, detail
 	case l.Subnets == j.s.self.Self.Subnets:
 		return nodeSelf, nil
-	case l.Backend == "" && l.Reserved():
+	case vacant(l):
 		return nodeVacant, nil
 	}
 	var outside []string

@@ -50,7 +50,7 @@ type app struct {
 	output, colour choice
 	socket         string
 	timeout        time.Duration
-	etcd           storeConfig
+	store          storeConfig
 }
 
 // Program is netctl as it was started.
@@ -64,7 +64,7 @@ type Program struct {
 func (p Program) Run(ctx context.Context, args []string) int {
 	a := &app{
 		stdout: p.Stdout, stderr: p.Stderr, built: p.Version, now: time.Now, getenv: os.Getenv,
-		openStore: openEtcd, openKernel: openKernel,
+		openStore: openStore, openKernel: openKernel,
 	}
 	return a.run(ctx, args, p.Stdin)
 }
@@ -93,7 +93,7 @@ func (a *app) root() *cobra.Command {
 		Use:   "netctl",
 		Short: "Show the overlay network and what is wrong with it",
 		Long: `netctl shows the overlay network of this node: what the cluster says (the
-leases in etcd), what the kernel has, and what twilld makes of both. Reading the
+leases in etcd or the Kubernetes API), what the kernel has, and what twilld makes of both. Reading the
 kernel's firewall needs root. It changes nothing, but for the commands that put Twill
 into a Kubernetes cluster (install, uninstall, migrate-from-flannel).
 ` + exitCodes,
@@ -107,7 +107,7 @@ into a Kubernetes cluster (install, uninstall, migrate-from-flannel).
 	f.Var(&a.colour, "color", "`when` to colour: auto (on a terminal, unless NO_COLOR is set), always or never")
 	f.StringVar(&a.socket, "socket", "", "`path` of twilld's local API (env TWILL_SOCKET; default "+DefaultSocket+")")
 	f.DurationVar(&a.timeout, "timeout", 5*time.Second, "`time` to wait for twilld, and for the store")
-	for _, x := range a.etcd.flags() {
+	for _, x := range a.store.flags() {
 		f.StringVar(x.value, x.name, "", x.usage+" (env "+envName(x.name)+")")
 	}
 	root.PersistentPreRunE = func(*cobra.Command, []string) error { return a.complete() }
@@ -125,7 +125,7 @@ into a Kubernetes cluster (install, uninstall, migrate-from-flannel).
 // complete takes what flags leave open from the environment, as flanneld does. A
 // password taken so never shows as a default in --help.
 func (a *app) complete() error {
-	for _, x := range a.etcd.flags() {
+	for _, x := range a.store.flags() {
 		if *x.value == "" {
 			*x.value = a.getenv(envName(x.name))
 		}

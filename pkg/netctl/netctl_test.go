@@ -45,6 +45,8 @@ func TestGolden(t *testing.T) {
 		{"leases-no-store-json", "leases -o json", noStore, 2},
 		{"leases-no-kernel", "leases", noKernel, 2},
 		{"leases-link-down", "leases", func(_ *testing.T, w *world) { w.have.Links[0].Up = false; w.have.Routes = nil }, 1},
+		{"leases-kubernetes", "leases", inKubernetes, 1},
+		{"leases-kubernetes-json", "leases -o json", inKubernetes, 1},
 		{"routes-fine", "routes", fine, 0},
 		{"routes-sabotaged", "routes", sabotaged, 1},
 		{"routes-sabotaged-json", "routes -o json", sabotaged, 1},
@@ -160,9 +162,18 @@ func TestStoreSettings(t *testing.T) {
 		Endpoints: []string{"https://198.51.100.250:2379", "https://198.51.100.251:2379"}, Prefix: "/other",
 		CAFile: "/ca", CertFile: "/cert", KeyFile: "/key", Username: "twill",
 	}
-	fromDaemon := storeConfig{"https://198.51.100.250:2379,https://198.51.100.251:2379", "/other", "/ca", "/cert", "/key", "twill", "secret"}
+	fromDaemon := storeConfig{
+		endpoints: "https://198.51.100.250:2379,https://198.51.100.251:2379", prefix: "/other",
+		caFile: "/ca", certFile: "/cert", keyFile: "/key", username: "twill", password: "secret",
+	}
 	mine := fromDaemon
 	mine.caFile = "/mine"
+	kube := overlay.StoreStatus{
+		Kind: "kubernetes", Node: "node-1", Endpoints: []string{"https://198.51.100.210:6443"}, Prefix: "example.com", Kubeconfig: "/twill.kubeconfig", NetConfig: "/nowhere",
+	}
+	asKube := storeConfig{kubernetes: true, apiURL: kube.Endpoints[0], kubeconfig: kube.Kubeconfig, annotations: "example.com", inNode: "node-1"}
+	admin := asKube
+	admin.apiURL, admin.kubeconfig = "", "/admin.conf"
 	tests := []struct {
 		name string
 		args []string
@@ -178,11 +189,18 @@ func TestStoreSettings(t *testing.T) {
 			map[string]string{"FLANNELD_ETCD_ENDPOINTS": "http://203.0.113.1:2379", "FLANNELD_ETCD_PREFIX": "/env"},
 			storeConfig{endpoints: "http://203.0.113.1:2379", prefix: "/env"},
 		},
+		{"kubernetes", nil, nil, asKube},
+		{"kubernetes with a kubeconfig", []string{"--kubeconfig-file=/admin.conf"}, nil, admin},
+		{"kubernetes, and etcd by flag", []string{"--etcd-endpoints=http://203.0.113.1:2379"}, nil, storeConfig{endpoints: "http://203.0.113.1:2379", prefix: defaultPrefix}},
+		{"an API by flag", []string{"--kube-api-url=https://203.0.113.1:6443"}, nil, storeConfig{kubernetes: true, apiURL: "https://203.0.113.1:6443"}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			w := newWorld(t)
 			w.status.Store, w.env = daemon, tt.env
+			if strings.HasPrefix(tt.name, "kubernetes") {
+				w.status.Store = kube
+			}
 			if _, stderr, code := w.netctl(t, append([]string{"leases"}, tt.args...)...); code == exitUnknown {
 				t.Fatal(stderr)
 			}
@@ -233,8 +251,8 @@ func TestRealStore(t *testing.T) {
 func TestHelp(t *testing.T) {
 	a := &app{getenv: func(string) string { return "" }}
 	commands := a.root().Commands()
-	if len(commands) != 7 {
-		t.Errorf("%d commands, want 7", len(commands))
+	if len(commands) != 10 {
+		t.Errorf("%d commands, want 10", len(commands))
 	}
 	for _, c := range commands {
 		if c.Short == "" || !strings.Contains(c.Long, "Exit code: 0") || c.Example == "" {

@@ -1,18 +1,15 @@
 package netctl
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"strings"
 	"time"
 
 	"github.com/twill-net/twill/pkg/kernel"
 	"github.com/twill-net/twill/pkg/overlay"
-	"github.com/twill-net/twill/pkg/store"
 )
 
 // Store is where the cluster's leases are.
@@ -30,64 +27,8 @@ type Kernel interface {
 	Close() error
 }
 
-func openEtcd(c storeConfig) (Store, error) {
-	return store.OpenEtcd(store.EtcdConfig{
-		Endpoints: strings.Split(c.endpoints, ","), Prefix: c.prefix,
-		CAFile: c.caFile, CertFile: c.certFile, KeyFile: c.keyFile,
-		Username: c.username, Password: c.password,
-	})
-}
-
 func openKernel() (Kernel, error) {
 	return kernel.Open(kernel.Options{Log: slog.New(slog.DiscardHandler)})
-}
-
-// storeConfig says how to reach etcd. What is empty is taken from the daemon.
-type storeConfig struct {
-	endpoints, prefix, caFile, certFile, keyFile, username, password string
-}
-
-type storeFlag struct {
-	name, usage string
-	value       *string
-}
-
-// flags are flannel's names.
-func (c *storeConfig) flags() []storeFlag {
-	return []storeFlag{
-		{"etcd-endpoints", "comma separated `urls` of etcd; default: the store twilld uses", &c.endpoints},
-		{"etcd-prefix", "`key` prefix; default: twilld's, or " + defaultPrefix + " if --etcd-endpoints is given", &c.prefix},
-		{"etcd-cafile", "`file` of the CA that signs etcd's certificate", &c.caFile},
-		{"etcd-certfile", "`file` of the client certificate", &c.certFile},
-		{"etcd-keyfile", "`file` of the client key", &c.keyFile},
-		{"etcd-username", "etcd `user`", &c.username},
-		{"etcd-password", "etcd `password`; twilld does not tell its own", &c.password},
-	}
-}
-
-const defaultPrefix = "/coreos.com/network" // flannel's
-
-// overDaemon fills c with the daemon's settings. Endpoints that were given name
-// another store, of which the daemon knows nothing.
-func (c storeConfig) overDaemon(s overlay.StoreStatus, err error) (storeConfig, error) {
-	if c.endpoints != "" {
-		c.prefix = cmp.Or(c.prefix, defaultPrefix)
-		return c, nil
-	}
-	if err != nil {
-		return c, errors.New("where the store is, only twilld knows, which does not answer; name it with --etcd-endpoints")
-	}
-	if len(s.Endpoints) == 0 {
-		return c, errors.New("twilld does not say where its store is; name it with --etcd-endpoints")
-	}
-	c.endpoints = strings.Join(s.Endpoints, ",")
-	c.prefix = cmp.Or(c.prefix, s.Prefix, defaultPrefix)
-	c.caFile, c.certFile, c.keyFile = cmp.Or(c.caFile, s.CAFile), cmp.Or(c.certFile, s.CertFile), cmp.Or(c.keyFile, s.KeyFile)
-	c.username = cmp.Or(c.username, s.Username)
-	if c.username != "" && c.password == "" {
-		return c, fmt.Errorf("store %s wants the password of user %s; give it in FLANNELD_ETCD_PASSWORD", c.endpoints, c.username)
-	}
-	return c, nil
 }
 
 // sight is what one command sees: each part, or why it is not there.
@@ -147,7 +88,7 @@ func within[T any](ctx context.Context, d time.Duration, f func(context.Context)
 }
 
 func (a *app) readStore(ctx context.Context, s *sight, ttl bool) error {
-	cfg, err := a.etcd.overDaemon(s.status.Store, s.statusErr)
+	cfg, err := a.store.overDaemon(s.status.Store, s.statusErr)
 	if err != nil {
 		return err
 	}
@@ -234,7 +175,7 @@ func (s *sight) accepted() []overlay.BackendConfig {
 // flannel leaves the type out for udp and alloc; which of the two it is, this
 // node's own backends say.
 func (s *sight) backendOf(l *overlay.Lease) string {
-	if l.Backend != "" || l.Reserved() || l.Err != nil {
+	if l.Backend != "" || vacant(l) || l.Err != nil {
 		return l.Backend
 	}
 	for _, b := range s.accepted() {
@@ -244,6 +185,10 @@ func (s *sight) backendOf(l *overlay.Lease) string {
 	}
 	return ""
 }
+
+// vacant reports whether nobody lives in a lease: it is a reservation that no node has
+// taken. (A Node of Kubernetes has no end either, but is one.)
+func vacant(l *overlay.Lease) bool { return l.Reserved() && l.Node == "" && l.Backend == "" }
 
 // compare does what the daemon's next pass does, with the configuration that the
 // daemon runs: one that it refused is a problem, not a plan.

@@ -48,7 +48,8 @@ type StoreStatus struct {
 	KeyFile  string `json:"keyFile,omitempty"`
 	Username string `json:"username,omitempty"`
 	// So do these, where the store is Kubernetes.
-	Kubeconfig string `json:"kubeconfig,omitempty"` // file; empty: the pod's service account, or no more than the URL
+	InCluster  bool   `json:"inCluster,omitempty"`  // by the pod's service account
+	Kubeconfig string `json:"kubeconfig,omitempty"` // file
 	NetConfig  string `json:"netConfig,omitempty"`  // file with the network configuration
 }
 

@@ -74,7 +74,7 @@ func (w *wiring) add(at attachment) (err error) {
 	if err := rec.write(); err != nil {
 		return ioFail("attach "+at.String(), err)
 	}
-	if err := w.keepScratch(at.Owner); err != nil {
+	if err := w.keepScratch(rec.Record); err != nil {
 		return ioFail("attach "+at.String(), err)
 	}
 	addrs, err := w.allocate(at)
@@ -170,13 +170,10 @@ func (w *wiring) checkFree(at attachment, h *netlink.Handle, s *sandbox, leftove
 func (w *wiring) record(at attachment, s *sandbox) Record {
 	r := Record{
 		Owner: at.Owner, Network: w.Name, Pod: at.pod, Boot: bootID(), Namespace: s.identity(),
-		Sticky: w.IPAM.Sticky, CoolDown: int(w.IPAM.CoolDown / time.Second),
+		Sticky: w.IPAM.Sticky, CoolDown: int(w.IPAM.CoolDown / time.Second), Scratch: w.scratchDir(),
 	}
 	if w.Mode == Bridged {
 		r.Bridge = w.Bridge
-	}
-	if w.legacy != nil {
-		r.Scratch = w.legacy.net.ScratchDir
 	}
 	return r
 }

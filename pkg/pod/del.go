@@ -36,7 +36,10 @@ func Del(args *skel.CmdArgs) error {
 	}
 	if rec == nil {
 		// Wired by flannel's plugin, or by a Twill before there were records.
-		return c.takeBack(h, at, Record{Owner: at.Owner, Addrs: resultAddrs(c.PrevResult)}, later)
+		if err := c.takeBack(h, at, Record{Owner: at.Owner, Addrs: resultAddrs(c.PrevResult)}, later); err != nil {
+			return err
+		}
+		return c.leaveFlannel(args)
 	}
 	defer rec.release()
 	if len(rec.Addrs) == 0 {

@@ -23,10 +23,10 @@ const handoffVersion = 1
 // daemon and without the store.
 type Handoff struct {
 	Version  int            `json:"version"`
-	Networks []netip.Prefix `json:"networks"` // the cluster's pod networks
-	Subnets  []netip.Prefix `json:"subnets"`  // this node's share, at most one per family
-	MTU      int            `json:"mtu"`      // for pods: what the overlay carries unfragmented
-	IPMasq   bool           `json:"ipMasq"`   // the daemon masquerades what leaves the cluster
+	Networks []netip.Prefix `json:"networks"`           // the cluster's pod networks
+	Subnets  []netip.Prefix `json:"subnets"`            // this node's share, at most one per family
+	MTU      int            `json:"mtu"`                // for pods: what the overlay carries unfragmented
+	IPMasq   bool           `json:"ipMasq"`             // the daemon masquerades what leaves the cluster
 	Firewall overlay.Tool   `json:"firewall,omitempty"` // where the daemon has its rules; of iptables, the flavour
 }
 

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"slices"
 
@@ -109,12 +110,32 @@ func (c *Config) handoff() (Handoff, error) {
 }
 
 // keepScratch writes down for flannel's plugin how to remove the pod, in case the
-// node goes back to it.
-func (c *Config) keepScratch(o ipam.Owner) error {
-	if c.legacy == nil {
+// node goes back to it: the delegate's configuration, to which it hands the DEL. For a
+// pod of Twill's own configuration that is this plugin.
+func (c *Config) keepScratch(rec Record) error {
+	if rec.Scratch == "" {
 		return nil
 	}
-	return writeScratch(c.legacy.net.ScratchDir, o.ContainerID, c.legacy.delegate)
+	if c.legacy != nil {
+		return writeScratch(rec.Scratch, rec.ContainerID, c.legacy.delegate)
+	}
+	own, err := json.Marshal(map[string]string{"cniVersion": c.CNIVersion, "name": c.Name, "type": "twill", "dataDir": c.DataDir, "bridge": c.Bridge})
+	if err != nil {
+		return err
+	}
+	return writeScratch(rec.Scratch, rec.ContainerID, own)
+}
+
+// scratchDir is where flannel's plugin keeps its scratch files; empty if there never
+// was one on this node.
+func (c *Config) scratchDir() string {
+	if c.legacy != nil {
+		return c.legacy.net.ScratchDir
+	}
+	if _, err := os.Stat(DefaultScratchDir); err != nil {
+		return ""
+	}
+	return DefaultScratchDir
 }
 
 // dropScratch forgets what keepScratch, or flannel's plugin, wrote down.

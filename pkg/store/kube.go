@@ -52,7 +52,7 @@ func OpenKube(cfg KubeConfig) (*Kube, error) {
 	}
 	k.health = newHealth(cfg.Log, overlay.StoreStatus{
 		Kind: "kubernetes", Endpoints: []string{client.url}, Prefix: cfg.AnnotationPrefix,
-		Kubeconfig: cfg.Kubeconfig, NetConfig: cfg.NetConfig,
+		InCluster: client.inCluster, Kubeconfig: cfg.Kubeconfig, NetConfig: cfg.NetConfig,
 	})
 	k.fold = k.newFold()
 	return k, nil
@@ -106,10 +106,13 @@ func (k *Kube) Snapshot(ctx context.Context, running overlay.Config) (*overlay.S
 	k.health.up()
 	k.health.folded(f.number(), f.config.fault())
 	s := f.snapshot()
-	if s == nil {
-		return nil, f.config.fault()
+	if s != nil {
+		return s, nil
 	}
-	return s, nil
+	if err := f.config.fault(); err != nil {
+		return nil, err
+	}
+	return nil, errors.New("read the network configuration: no file is named; give --net-config-path")
 }
 
 // resolve finds this node's name, which is that of its Node.
@@ -118,7 +121,7 @@ func (k *Kube) resolve(ctx context.Context, f *kubeFold) error {
 		f.self = *name
 		return nil
 	}
-	if k.cfg.PodName == "" { // a reader of no node
+	if k.cfg.PodName == "" { // a Reader
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)

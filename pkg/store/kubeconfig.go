@@ -28,16 +28,16 @@ import (
 // --kube-… flags.
 type KubeConfig struct {
 	// NodeName is the name of this node's Node. If it is empty, PodName's is asked
-	// for: twilld's own pod, in PodNamespace. If both are, only Snapshot works.
+	// for: twilld's own pod, in PodNamespace.
 	NodeName, PodName string
 	PodNamespace      string // also where subnets are claimed; default twill-system
 	// APIURL goes before what Kubeconfig says. Without both, the service account of
 	// the pod is used.
 	APIURL, Kubeconfig string
 	AnnotationPrefix   string // default flannel.alpha.coreos.com
-	// NetConfig is the file with the network configuration. Empty: there is none,
-	// and only Snapshot works.
-	NetConfig             string
+	NetConfig          string // file with the network configuration
+	// Reader is for who only calls Snapshot: it needs neither a name nor a NetConfig.
+	Reader                bool
 	Allocate              bool // claim free subnets for a Node without podCIDRs
 	SetNetworkUnavailable bool // look after the Node's condition
 	Log                   *slog.Logger
@@ -63,6 +63,12 @@ func (c KubeConfig) normalize() (KubeConfig, error) {
 	c.AnnotationPrefix = cmp.Or(c.AnnotationPrefix, defaultAnnotationPrefix)
 	if c.NodeName == "" && c.PodName != "" && c.PodNamespace == "" {
 		return c, errors.New("environment POD_NAME is set and POD_NAMESPACE is not; set it too (fieldRef metadata.namespace), or NODE_NAME (fieldRef spec.nodeName)")
+	}
+	if c.NodeName == "" && c.PodName == "" && !c.Reader {
+		return c, errors.New("which Node this is, nobody says; set NODE_NAME in the environment (fieldRef spec.nodeName), or POD_NAME and POD_NAMESPACE")
+	}
+	if c.NetConfig == "" && !c.Reader {
+		return c, errors.New("--net-config-path is empty; name the file with the network configuration")
 	}
 	c.PodNamespace = cmp.Or(c.PodNamespace, defaultNamespace)
 	if c.Log == nil {

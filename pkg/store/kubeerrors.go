@@ -12,6 +12,7 @@ import (
 	"syscall"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
 // access is one right that twilld needs.
@@ -87,7 +88,14 @@ func (k *kubeClient) answer(doing access, err error) string {
 	case apierrors.IsTooManyRequests(err):
 		return "the API server is overloaded: " + message
 	}
-	return message
+	if d := status.Status().Details; d != nil { // what is no answer of an API server
+		for _, c := range d.Causes {
+			if c.Type == metav1.CauseTypeUnexpectedServerResponse && c.Message != "unknown" {
+				message += ": " + strings.TrimSpace(c.Message)
+			}
+		}
+	}
+	return "Kubernetes API " + k.url + ": " + message
 }
 
 // transport words an error of the way to the API.

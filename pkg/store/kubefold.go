@@ -144,6 +144,7 @@ func (f *kubeFold) snapshot() *overlay.Snapshot {
 	})
 	f.addOwn(s)
 	f.dropLosers(s)
+	f.addTwins(s)
 	return s
 }
 

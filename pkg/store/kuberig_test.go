@@ -3,6 +3,7 @@ package store
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -58,7 +59,7 @@ func check(t testing.TB, err error) {
 func rights() map[string][]string {
 	return map[string][]string{
 		"nodes": {"get", "list", "watch", "patch"}, "nodes/status": {"patch"}, "pods": {"get"},
-		"twill-system/leases": {"create", "get", "list", "delete"},
+		"twill-system/leases": {"create", "list", "delete"},
 	}
 }
 
@@ -204,4 +205,14 @@ func (r *kubeRig) read(t testing.TB, change ...func(*KubeConfig)) *overlay.Snaps
 	s, err := k.Snapshot(context.Background(), overlay.Config{})
 	check(t, err)
 	return s
+}
+
+func mustPrefix(s string) netip.Prefix { return netip.MustParsePrefix(s) }
+
+// wrongCA is an authority that has signed nothing.
+func wrongCA(t testing.TB) string {
+	t.Helper()
+	ca, err := nettest.NewCA(t.TempDir(), "ca")
+	check(t, err)
+	return ca.Cert
 }

@@ -3,6 +3,7 @@ package store
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"net/http"
 	"strconv"
@@ -25,7 +26,8 @@ const (
 	// spread is the time over which nodes come back to an API that was away, or read
 	// everything again, for each node of the cluster: an API server that has
 	// restarted is asked by a thousand a second and not by all at once.
-	spread = time.Millisecond
+	spread     = time.Millisecond
+	leastPause = 50 * time.Millisecond
 )
 
 // Watch emits a Snapshot as soon as everything is read, and then after each batch of
@@ -73,6 +75,12 @@ func (k *Kube) watch(ctx context.Context, emit func(*overlay.Snapshot)) error {
 			if !first && !k.pause(ctx) {
 				return ctx.Err()
 			}
+		case errors.Is(err, errBroken):
+			// Whether the API is there, and why not, the next try tells.
+			k.cfg.Log.Debug("watching nodes again", "reason", err)
+			if !k.pause(ctx) {
+				return ctx.Err()
+			}
 		case err != nil:
 			return err
 		}
@@ -100,7 +108,7 @@ func (k *Kube) pause(ctx context.Context) bool {
 	select {
 	case <-ctx.Done():
 		return false
-	case <-time.After(rand.N(spread * time.Duration(1+len(k.fold.nodes)))):
+	case <-time.After(leastPause + rand.N(spread*time.Duration(1+len(k.fold.nodes)))):
 		return true
 	}
 }
@@ -197,7 +205,7 @@ func (k *Kube) fill(f *kubeFold, w watch.Interface) error {
 			f.put(n)
 		}
 	}
-	return k.client.Load().explain(watchNodes, errors.New("the API server ended the answer before all nodes were there"))
+	return errBroken
 }
 
 var watchNodes = access{verb: "watch", resource: "nodes"}
@@ -229,10 +237,32 @@ func (k *Kube) open(ctx context.Context, o metav1.ListOptions) (watch.Interface,
 		r.Param("sendInitialEvents", strconv.FormatBool(*o.SendInitialEvents)).Param("resourceVersionMatch", string(o.ResourceVersionMatch))
 	}
 	w, err := r.Watch(ctx)
-	if err != nil {
-		return nil, c.explain(watchNodes, err)
+	if err == nil {
+		if _, ok := w.(*watch.StreamWatcher); ok {
+			return w, nil
+		}
+		// client-go takes some errors, a TLS handshake that the other end breaks off
+		// for one, for the end of a watch without events. A question gets the reason.
+		if err = c.ask(ctx); err == nil {
+			err = errBroken
+		}
 	}
-	return w, nil
+	return nil, c.explain(watchNodes, err)
+}
+
+// ask finds out whether the API can be reached. (client-go would try again and again.)
+func (k *kubeClient) ask(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, k.core.Get().AbsPath("/version").URL().String(), nil)
+	if err != nil {
+		return err
+	}
+	answer, err := k.core.Client.Do(r)
+	if err != nil {
+		return err
+	}
+	return answer.Body.Close()
 }
 
 // follow folds events until the watch ends.
@@ -291,9 +321,16 @@ func (k *Kube) apply(ev watch.Event) (changed bool) {
 	return changed
 }
 
+// errBroken says that a watch ended in the middle of an event: the connection was
+// lost.
+var errBroken = errors.New("the connection was lost")
+
 // refused is the error of an event that is one.
 func (k *Kube) refused(ev watch.Event) error {
 	err := apierrors.FromObject(ev.Object)
+	if apierrors.HasStatusCause(err, "ClientWatchDecoding") { // client-go's own
+		return fmt.Errorf("%w: %w", errBroken, err)
+	}
 	if s, ok := ev.Object.(*metav1.Status); ok && s.Code == http.StatusGone {
 		return err
 	}

@@ -176,7 +176,9 @@ func TestKubeAway(t *testing.T) {
 	r.removeNode(t, "n2")
 	check(t, r.host.Restore())
 	up()
-	f.wait(t, "all that happened meanwhile", func(s *overlay.Snapshot) bool { return named(s, "n2") == nil && named(s, fmt.Sprint("n", next-2)) != nil })
+	f.wait(t, "all that happened meanwhile", func(s *overlay.Snapshot) bool {
+		return named(s, "n2") == nil && named(s, fmt.Sprint("n", next-2)) != nil
+	})
 	if !strings.Contains(log.String(), "reading all nodes again") {
 		t.Errorf("nothing of reading all again in the log:\n%s", log)
 	}

@@ -27,6 +27,9 @@ import (
 // apiHost is n of the API server's host: 198.51.100.210.
 const apiHost = 210
 
+// startTimeout is long for machines that have other work.
+const startTimeout = 5 * time.Minute
+
 // Server is a kube-apiserver on its own host, api, in front of the lab's etcd. Who
 // may do what is decided by RBAC. Nothing else of Kubernetes runs: no controller
 // fills in podCIDRs or collects garbage. Pause stops it where it stands: connections
@@ -47,10 +50,10 @@ type Server struct {
 // Start starts an etcd of one member and a kube-apiserver with args beside
 // its own and waits until it is ready.
 func Start(l *nettest.Lab, args ...string) (*Server, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
 	s := &Server{dir: filepath.Join(l.Dir, "kubernetes")}
-	path, err := program("kube-apiserver")
+	path, err := Program("kube-apiserver")
 	if err == nil {
 		s.Etcd, err = l.StartEtcd(nettest.EtcdOptions{})
 	}
@@ -65,7 +68,7 @@ func Start(l *nettest.Lab, args ...string) (*Server, error) {
 		s.Process, err = s.Host.Start(nettest.Program{Path: path, Args: append(s.args(), args...)})
 	}
 	if err == nil {
-		s.Admin, err = kubernetes.NewForConfig(s.adminConfig())
+		s.Admin, err = kubernetes.NewForConfig(s.AdminConfig())
 	}
 	if err == nil {
 		err = s.WaitReady(ctx)
@@ -76,9 +79,9 @@ func Start(l *nettest.Lab, args ...string) (*Server, error) {
 	return s, nil
 }
 
-// program returns the path of a program of Kubernetes: of the folder
+// Program returns the path of a program of Kubernetes: of the folder
 // TWILL_KUBERNETES_BIN, or as e2e/kubernetes/build.sh builds it if it is not there yet.
-func program(name string) (string, error) {
+func Program(name string) (string, error) {
 	if dir := os.Getenv("TWILL_KUBERNETES_BIN"); dir != "" {
 		return filepath.Join(dir, name), nil
 	}
@@ -129,9 +132,9 @@ func (s *Server) args() []string {
 	}
 }
 
-// adminConfig reaches the API server from its own namespace, so that no cut cable is
+// AdminConfig reaches the API server from its own namespace, so that no cut cable is
 // in the way.
-func (s *Server) adminConfig() *rest.Config {
+func (s *Server) AdminConfig() *rest.Config {
 	return &rest.Config{
 		Host: s.URL, Dial: s.DialContext, QPS: -1,
 		// Benchmarks write and read ten thousand Nodes.
@@ -163,7 +166,7 @@ func (s *Server) Stop() error { return s.Kill9() }
 
 // Start starts it again and waits until it is ready.
 func (s *Server) Start() error {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
 	defer cancel()
 	if err := s.Process.Start(); err != nil {
 		return err

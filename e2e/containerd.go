@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -72,11 +71,8 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
 // StartContainerd starts containerd on the node, with an image named ImageRef, and
 // waits until it answers.
 func StartContainerd(ctx context.Context, n *Node) (*Containerd, error) {
-	if err := sweepCgroups(); err != nil {
-		return nil, err
-	}
 	lab := n.cluster.Lab
-	c := &Containerd{Node: n, dir: filepath.Join(lab.Dir, n.Name+"-containerd"), cgroup: "/" + cgroupPrefix + lab.ID + "-" + n.Name}
+	c := &Containerd{Node: n, dir: filepath.Join(lab.Dir, n.Name+"-containerd"), cgroup: lab.CgroupPath(n.Name)}
 	if err := os.MkdirAll(filepath.Join(c.dir, "logs"), 0o755); err != nil {
 		return nil, err
 	}
@@ -214,8 +210,8 @@ func (c *Containerd) pid() (string, error) {
 	return strings.TrimSpace(string(b)), err
 }
 
-// Close ends containerd, all shims and all containers, and removes their control
-// groups.
+// Close ends containerd, all shims and all containers. Their control groups go with the
+// lab.
 func (c *Containerd) Close() error {
 	errs := []error{c.conn.Close()}
 	if c.init != 0 {
@@ -225,7 +221,7 @@ func (c *Containerd) Close() error {
 	} else if c.proc != nil {
 		errs = append(errs, c.proc.Kill9())
 	}
-	if err := errors.Join(append(errs, removeCgroup(c.cgroup))...); err != nil {
+	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("close containerd on %s: %w", c.Node.Name, err)
 	}
 	return nil
@@ -242,68 +238,4 @@ func onlyChild(pid int) (int, error) {
 		return 0, fmt.Errorf("find child of process %d: %w", pid, err)
 	}
 	return child, nil
-}
-
-// cgroupPrefix, the lab's id and the host's name make the group that holds a host's
-// containers: twill-lab-0a1b2c-h1.
-const cgroupPrefix = "twill-lab-"
-
-// sweepCgroups removes the groups of labs that are gone. Their processes have
-// ended with the lab, or are about to.
-func sweepCgroups() error {
-	labs, err := nettest.List()
-	if err != nil {
-		return err
-	}
-	there := map[string]bool{}
-	for _, l := range labs {
-		there[l.ID] = true
-	}
-	groups, _ := filepath.Glob("/sys/fs/cgroup/*/" + cgroupPrefix + "*") // the pattern is well formed
-	var errs []error
-	for _, g := range groups {
-		id, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(g), cgroupPrefix), "-")
-		if !there[id] {
-			errs = append(errs, removeCgroup("/"+filepath.Base(g)))
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// removeCgroup removes a group with its children in every controller. A group is
-// busy until the kernel has done away with its last process.
-func removeCgroup(group string) error {
-	tops, _ := filepath.Glob("/sys/fs/cgroup/*" + group) // the pattern is well formed
-	var errs []error
-	for _, top := range tops {
-		var last error
-		err := Eventually(context.Background(), func() bool { last = removeTree(top); return last == nil })
-		if err != nil {
-			errs = append(errs, fmt.Errorf("remove control group %s: %w", top, last))
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// removeTree removes directories from the leaves up; what is in them is the
-// kernel's.
-func removeTree(dir string) error {
-	entries, err := os.ReadDir(dir)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	for _, e := range entries {
-		if e.IsDir() {
-			if err := removeTree(filepath.Join(dir, e.Name())); err != nil {
-				return err
-			}
-		}
-	}
-	if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return nil
 }

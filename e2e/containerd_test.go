@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
-	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -13,8 +12,6 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
-
-	"github.com/twill-net/twill/pkg/nettest"
 )
 
 // newRuntimes makes a cluster, not started, whose nodes run containerd.
@@ -229,20 +226,4 @@ func TestContainerdMany(t *testing.T) {
 	all(remove)
 	checkGone(t, r, before)
 	must(t, r.Node.cluster.Etcd.Start(ctx))
-}
-
-// TestContainerdSweep removes the control groups that a killed test has left, and
-// no others.
-func TestContainerdSweep(t *testing.T) {
-	dead, lab := nettest.NewT(t), nettest.NewT(t)
-	must(t, dead.Close())
-	group := func(l *nettest.Lab) string { return "/sys/fs/cgroup/pids/" + cgroupPrefix + l.ID + "-h1" }
-	left, kept := group(dead), group(lab)
-	must(t, os.MkdirAll(left+"/sandbox", 0o755))
-	must(t, os.Mkdir(kept, 0o755))
-	must(t, sweepCgroups())
-	if _, err := os.Stat(left); err == nil {
-		t.Errorf("%s is still there", left)
-	}
-	must(t, os.Remove(kept))
 }

@@ -6,8 +6,14 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
+
+	core "k8s.io/api/core/v1"
+	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/twill-net/twill/pkg/overlay"
 )
 
 // staticPod is a pod of a kubelet's own, which needs no API server.
@@ -107,4 +113,30 @@ func (l *life) comeAndGo(t *testing.T, n *Node, name string) {
 		}
 	}
 	n.stopStatic(t, name, addrs)
+}
+
+// tokenRefused makes the tokens of all pods of Twill worth nothing, as a clock that jumps
+// past their end does, under probes: each node says so, and new pods are the remedy.
+func (l *life) tokenRefused(t *testing.T) {
+	l.underProbes(t, func(t *testing.T) {
+		accounts := l.Client.CoreV1().ServiceAccounts("twill-system")
+		old, err := accounts.Get(t.Context(), "twill", meta.GetOptions{})
+		must(t, err)
+		must(t, accounts.Delete(t.Context(), "twill", meta.DeleteOptions{}))
+		_, err = accounts.Create(t.Context(), &core.ServiceAccount{ObjectMeta: meta.ObjectMeta{Name: "twill", Labels: old.Labels}}, meta.CreateOptions{})
+		must(t, err)
+		must(t, l.APIServer.Stop()) // connections that are open would stay good
+		must(t, l.APIServer.Start())
+		for _, n := range l.Nodes {
+			l.waitStatus(t, n, "refused by the API server", func(s overlay.Status) bool {
+				return s.Ready && strings.Contains(s.Store.Error, "does not accept the service account token")
+			})
+			l.comeAndGo(t, n, "refused-"+n.Name)
+		}
+		l.twillctl(t, "rollout", "restart", "daemonset/twill")
+		l.whole(t)
+		for _, n := range l.Nodes {
+			l.waitStatus(t, n, "connected", func(s overlay.Status) bool { return s.Store.Connected })
+		}
+	})
 }

@@ -28,8 +28,8 @@ func TestBadInput(t *testing.T) {
 		name string
 		run  func(*testing.T)
 	}{
-		{"no right to list", func(t *testing.T) { b.noRight(t, 0, "list") }},
-		{"no right to watch", func(t *testing.T) { b.noRight(t, 0, "watch") }},
+		{"no right to list", b.noList},
+		{"no right to watch", b.noWatch},
 		{"no right to patch", b.noPatch},
 		{"garbage of a peer", b.badPeers},
 		{"net-conf.json", b.badNetConf},
@@ -153,17 +153,31 @@ func (b *bad) install(t *testing.T, args ...string) {
 	must(t, err)
 }
 
-// noRight takes a verb from a rule of the ClusterRole.
-func (b *bad) noRight(t *testing.T, rule int, verb string) {
-	b.takeRight(t, rule, verb)
-	b.restart(t)
-	b.logs(t, "twilld", verb+" nodes", "forbidden: system:serviceaccount:twill-system:twill has no right to it",
-		"ClusterRole twill must allow the verb "+verb+" on nodes; netctl install applies it")
+// noList: twilld watches from the beginning on (WatchList); netctl lists.
+func (b *bad) noList(t *testing.T) {
+	b.takeRight(t, 0, "list")
+	b.says(t, "netctl leases", func(context.Context) (string, error) {
+		out, err := b.Twilld("n2", "netctl", "leases")
+		return fmt.Sprint(out, err), nil
+	}, "list nodes: forbidden: system:serviceaccount:twill-system:twill has no right to it",
+		"ClusterRole twill must allow the verb list on nodes; netctl install applies it")
 	b.unharmed(t)
 	b.install(t)
 	b.healed(t)
 }
 
+// noWatch: what is known stays, and a twilld that starts leaves all as it is.
+func (b *bad) noWatch(t *testing.T) {
+	b.takeRight(t, 0, "watch")
+	b.restart(t)
+	b.logs(t, "twilld", "watch nodes: forbidden: system:serviceaccount:twill-system:twill has no right to it",
+		"ClusterRole twill must allow the verb watch on nodes; netctl install applies it")
+	b.unharmed(t)
+	b.install(t)
+	b.healed(t)
+}
+
+// takeRight takes a verb from a rule of the ClusterRole.
 func (b *bad) takeRight(t *testing.T, rule int, verb string) {
 	t.Helper()
 	roles := b.Client.RbacV1().ClusterRoles()

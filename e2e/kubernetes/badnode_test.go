@@ -2,7 +2,7 @@ package kubernetes
 
 import (
 	"context"
-	"crypto"
+	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
@@ -61,7 +61,7 @@ current-context: lab
 	} {
 		write(n2, fault.ca, fault.token)
 		b.restart(t)
-		b.logs(t, "twilld", append(fault.words, "list nodes")...)
+		b.logs(t, "twilld", fault.words...)
 		b.unharmed(t)
 		write(n2, ca, token)
 		b.healed(t)
@@ -88,9 +88,9 @@ func (b *bad) expiredToken(t *testing.T) string {
 		`{"iss":"https://kubernetes.default.svc.cluster.local","aud":["https://kubernetes.default.svc.cluster.local"],"sub":"system:serviceaccount:twill-system:twill","iat":%d,"nbf":%[1]d,"exp":%d,"kubernetes.io":{"namespace":"twill-system","serviceaccount":{"name":"twill","uid":"x"}}}`,
 		end-3600, end))
 	digest := sha256.Sum256([]byte(signed))
-	signature, err := key.(crypto.Signer).Sign(rand.Reader, digest[:], crypto.SHA256)
+	r, s, err := ecdsa.Sign(rand.Reader, key.(*ecdsa.PrivateKey), digest[:])
 	must(t, err)
-	return signed + "." + encode(signature)
+	return signed + "." + encode(append(r.FillBytes(make([]byte, 32)), s.FillBytes(make([]byte, 32))...)) // RFC 7518
 }
 
 // readOnly: the init container says why the plugin cannot be put in place, and netctl

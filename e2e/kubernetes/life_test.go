@@ -27,6 +27,7 @@ func TestLife(t *testing.T) {
 	}{
 		{"rolling update", l.rolling},
 		{"API server away", l.apiAway},
+		{"token refused", l.tokenRefused},
 		{"reboot", l.reboot},
 		{"reboot without API server", l.rebootAlone},
 		{"registered again", l.registerAgain},

@@ -71,6 +71,7 @@ func newCommand() *command {
 	s.BoolVar(&c.SkipConf, "skip-conf", false, "leave the configuration to the operator")
 	s.BoolVar(&c.Force, "force", false, "replace a newer release, a foreign plugin, an edited configuration; with --uninstall remove what is still in use")
 	s.BoolVar(&c.uninstall, "uninstall", false, "remove what is Twill's")
+	s.BoolVar(&c.KeepPlugin, "keep-plugin", false, "with --uninstall: leave the plugin, which flannel's calls for the pods that Twill wired")
 	s.StringVar(&c.output, "o", "table", "`format` of the output: table or json")
 	return c
 }
@@ -91,6 +92,9 @@ func (c *command) parse(args []string, exe string) error {
 	}
 	if c.ReplaceFlannel && c.SkipConf {
 		return errors.New("--replace-flannel --skip-conf: without ours in its place flannel's configuration must stay: give one of them")
+	}
+	if c.KeepPlugin && !c.uninstall {
+		return errors.New("--keep-plugin: has a meaning only with --uninstall")
 	}
 	if c.output != "table" && c.output != "json" {
 		return fmt.Errorf("-o %q: must be table or json", c.output)

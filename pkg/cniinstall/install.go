@@ -26,7 +26,8 @@ type Options struct {
 	AsFlannel      bool // put the plugin in the place of flannel's, too
 	ReplaceFlannel bool // put the configuration in the place of flannel's, which is moved aside
 	SkipConf       bool // the configuration is the operator's
-	Force     bool // go back to an older release, drop what others wrote
+	KeepPlugin     bool // Uninstall leaves the plugin, which pods that are left need
+	Force          bool // go back to an older release, drop what others wrote
 }
 
 // Step is one thing that was looked at, and what became of it.

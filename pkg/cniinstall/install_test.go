@@ -127,6 +127,7 @@ var situations = []struct {
 	{name: "in flannel's place without flannel", args: []string{"--replace-flannel"}, after: fresh},
 	{name: "the operator's configuration", args: []string{"--skip-conf"}, before: flannels, after: "flannel=foreign twill=old 10-flannel.conflist=podnet"},
 	{name: "uninstall from flannel's place", before: func(n *node) { flannels(n); n.must("--replace-flannel") }, args: []string{"--uninstall"}, says: []string{"restored"}, after: "flannel=foreign 10-flannel.conflist=podnet"},
+	{name: "uninstall from flannel's place, with Twill's pods to come", before: func(n *node) { flannels(n); n.must("--replace-flannel") }, args: []string{"--uninstall", "--keep-plugin"}, says: []string{"restored"}, after: "flannel=foreign twill=old 10-flannel.conflist=podnet"},
 	{name: "uninstall from flannel's place, which came back", before: func(n *node) { flannels(n); n.must("--replace-flannel"); flannels(n) }, args: []string{"--uninstall"}, says: []string{"kept", "there again"}, after: "flannel=foreign 10-flannel.conflist=podnet"},
 
 	{name: "uninstall nothing", args: []string{"--uninstall"}, says: []string{"absent"}},

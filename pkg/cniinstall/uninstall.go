@@ -33,7 +33,11 @@ func Uninstall(ctx context.Context, o Options) (Report, error) {
 	conf, stays := j.withdraw(append(all, returned...))
 	steps := append(back, conf)
 	var refused []error
-	for _, name := range []string{"twill", "flannel"} {
+	names := []string{"twill", "flannel"}
+	if j.KeepPlugin {
+		names = names[1:]
+	}
+	for _, name := range names {
 		found, err := j.withdrawBinary(name, stays)
 		refused = append(refused, err)
 		steps = append(steps, found...)

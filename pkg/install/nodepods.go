@@ -36,7 +36,8 @@ var (
 	// that goes.
 	cleanNode = errand{"clean", []step{{initName, []string{"--uninstall"}, true}, {daemonName, []string{"--cleanup"}, false}}}
 	// returnConf puts flannel's configuration back, which the kubelet's next pod uses.
-	returnConf = errand{"return", []step{{initName, []string{"--uninstall"}, true}}}
+	// flannel's plugin needs Twill's for the pods that Twill wired.
+	returnConf = errand{"return", []step{{initName, []string{"--uninstall", "--keep-plugin"}, true}}}
 	// handBack removes what flannel does not replace.
 	handBack = errand{"handback", []step{{daemonName, []string{"--hand-back"}, false}}}
 )

@@ -17,9 +17,10 @@ import (
 func TestRights(t *testing.T) {
 	r := newRig(t)
 	r.addNodes(t, threeNodes)
-	calls := []string{"get nodes", "list nodes", "watch nodes", "patch nodes/status"}
+	calls := []string{"list nodes", "watch nodes", "patch nodes/status"}
 	// Each call is written "verb resource", in a namespace "verb namespace/resource".
-	allocating := append(slices.Clone(calls), "patch nodes", "create twill-system:leases", "list twill-system:leases", "delete twill-system:leases")
+	allocating := append(slices.Clone(calls), "get nodes", "patch nodes", "create twill-system:leases", "list twill-system:leases", "delete twill-system:leases")
+	everybody := r.rights(t, "kube-system", "somebody")
 	for _, tt := range []struct {
 		allocate bool
 		want     []string
@@ -28,7 +29,6 @@ func TestRights(t *testing.T) {
 		v.Set("twill.allocateSubnets", tt.allocate)
 		_, err := r.Install(t.Context(), Options{Values: v})
 		check(t, err)
-		everybody := r.rights(t, "kube-system", "somebody")
 		got := slices.DeleteFunc(r.rights(t, "twill-system", "twill"), func(right string) bool { return slices.Contains(everybody, right) })
 		slices.Sort(tt.want)
 		if !slices.Equal(got, tt.want) {

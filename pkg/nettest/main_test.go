@@ -33,6 +33,9 @@ func child() error {
 	if err != nil {
 		return err
 	}
+	if _, err := l.NewCgroup(h.Name, "child"); err != nil {
+		return err
+	}
 	if err := l.Setenv("LAB_GREETING", "hello"); err != nil {
 		return err
 	}

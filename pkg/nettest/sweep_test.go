@@ -142,5 +142,6 @@ func remains(id string) []string {
 	if dir := filepath.Join(baseDir, id); exists(dir) {
 		all = append(all, dir)
 	}
-	return all
+	groups, _ := filepath.Glob(cgroupRoot + "/*/twill-lab-" + id + "-*")
+	return append(all, groups...)
 }

@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/url"
 	"regexp"
@@ -38,6 +39,9 @@ func (a access) String() string {
 
 // rule is where the right is granted.
 func (a access) rule() string {
+	if a.resource == "pods" {
+		return "set NODE_NAME in the environment (fieldRef spec.nodeName), which needs no right, or allow the verb get on pods in namespace " + a.namespace
+	}
 	what := a.resource
 	if a.group != "" {
 		what += " of " + a.group
@@ -125,6 +129,8 @@ func (k *kubeClient) transport(err error) (reason, remedy string) {
 		return "no answer in time", "is it up, and does no firewall stand between?" + k.viaService()
 	case strings.Contains(reason, "server gave HTTP response to HTTPS client"):
 		return "it speaks http, not https", "write http:// in --kube-api-url, or name the TLS port"
+	case errors.Is(err, io.EOF), errors.Is(err, errBroken):
+		return "it hangs up at once", "does it speak http, not https, or is it a load balancer with no API server behind it?"
 	case strings.Contains(reason, "tls: "):
 		return reason, "check " + k.credentials
 	}

@@ -232,7 +232,8 @@ const listTimeout = time.Minute
 
 func (k *Kube) open(ctx context.Context, o metav1.ListOptions) (watch.Interface, error) {
 	c := k.client.Load()
-	r := c.core.Get().Resource("nodes").Param("watch", "true").Param("resourceVersion", o.ResourceVersion).Param("allowWatchBookmarks", "true")
+	// client-go would try ten times, and not say so meanwhile.
+	r := c.core.Get().MaxRetries(0).Resource("nodes").Param("watch", "true").Param("resourceVersion", o.ResourceVersion).Param("allowWatchBookmarks", "true")
 	if o.SendInitialEvents != nil {
 		r.Param("sendInitialEvents", strconv.FormatBool(*o.SendInitialEvents)).Param("resourceVersionMatch", string(o.ResourceVersionMatch))
 	}

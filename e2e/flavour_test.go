@@ -29,7 +29,10 @@ func TestIptablesFlavours(t *testing.T) {
 	}
 	waitFor("rules in both", "netctl status", "0 rules in iptables-legacy, as Twill, and 1 in iptables-nft")
 	n.shell(t, "iptables-nft -t nat -D POSTROUTING -s 203.0.113.9 -j RETURN")
-	if err := Eventually(ctx, func() bool { out, err := n.Run("netctl", "status"); return err == nil && !strings.Contains(out, "iptables") }); err != nil {
+	if err := Eventually(ctx, func() bool {
+		out, err := n.Run("netctl", "status")
+		return err == nil && !strings.Contains(out, "iptables")
+	}); err != nil {
 		t.Errorf("the problem stays: %v", err)
 	}
 }

@@ -197,13 +197,17 @@ echo %[3]s >name`, n.Disk(), was, name))
 		})
 	}
 	l.kubectl(t, "delete", "node", was)
+	// Pods that came before twilld was there under its new name have addresses of the old
+	// subnet: nobody had told this node of another.
+	l.kubectl(t, "delete", "pods", "--selector=app=client", "--field-selector=spec.nodeName="+name, "--timeout=1m")
 	l.whole(t)
 	for _, x := range []*Node{peer, n} {
 		l.waitStatus(t, x, "without a problem", func(s overlay.Status) bool { return len(s.Problems) == 0 })
 	}
 }
 
-// removeNode drains a node and takes it away for good: nothing on its peer leads there.
+// removeNode drains a node and takes it away: nothing on its peer leads there. Then it
+// joins again.
 func (l *life) removeNode(t *testing.T) {
 	n, peer := l.Nodes[1], l.Nodes[0]
 	cidrs, err := l.podCIDRs(t, n.Name)
@@ -227,4 +231,6 @@ func (l *life) removeNode(t *testing.T) {
 		}
 		return err
 	}))
+	must(t, n.Start())
+	l.whole(t)
 }

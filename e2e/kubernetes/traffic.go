@@ -34,7 +34,8 @@ func (t *Traffic) expect(what, got string, err error, good func(string) bool) {
 	}
 }
 
-func is(want string) func(string) bool           { return func(got string) bool { return got == want } }
+func is(want string) func(string) bool { return func(got string) bool { return got == want } }
+
 func isHost(a netip.Addr) func(string) bool      { return func(got string) bool { return sameHost(got, a) } }
 func sameFamily(a netip.Addr, b netip.Addr) bool { return a.Is4() == b.Is4() }
 

@@ -5,6 +5,7 @@ package install
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -89,7 +90,7 @@ func Render(values Values) (*Rendered, error) {
 	if err != nil {
 		return nil, fmt.Errorf("check values: %w", err)
 	}
-	files, err := engine.Engine{Strict: true}.Render(c, all)
+	files, err := engine.Engine{Strict: true}.RenderWithContext(context.Background(), c, all)
 	if err != nil {
 		return nil, fmt.Errorf("render chart: %w", err)
 	}

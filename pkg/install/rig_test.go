@@ -4,9 +4,6 @@ import (
 	"context"
 	"fmt"
 	"maps"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -17,7 +14,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 
 	"github.com/twill-net/twill/pkg/nettest"
 	"github.com/twill-net/twill/pkg/nettest/kubeapi"
@@ -43,11 +39,8 @@ func newRig(t *testing.T) *rig {
 	lab := nettest.NewT(t)
 	api, err := kubeapi.Start(lab)
 	check(t, err)
-	path, err := api.WriteKubeconfig("admin", "")
-	check(t, err)
-	config, err := clientcmd.BuildConfigFromFlags("", path)
-	check(t, err)
-	config.Dial, config.QPS = api.DialContext, -1
+	config := api.AdminConfig()
+	config.ContentType = "" // dynamic clients speak JSON
 	r := &rig{api: api, admin: api.Admin, config: config, lab: lab, bad: map[string]string{}}
 	r.Cluster, err = New(config)
 	check(t, err)
@@ -102,7 +95,9 @@ func (r *rig) startControllers(t *testing.T) {
 	t.Helper()
 	kubeconfig, err := r.api.WriteKubeconfig("controllers", "")
 	check(t, err)
-	_, err = r.api.Host.Start(nettest.Program{Path: kubernetesProgram(t, "kube-controller-manager"), Args: []string{
+	path, err := kubeapi.Program("kube-controller-manager")
+	check(t, err)
+	_, err = r.api.Host.Start(nettest.Program{Path: path, Args: []string{
 		"--kubeconfig=" + kubeconfig, "--leader-elect=false", "--secure-port=0",
 		"--controllers=daemonset-controller,serviceaccount-controller,namespace-controller,garbage-collector-controller",
 	}})
@@ -117,19 +112,6 @@ func (r *rig) startControllers(t *testing.T) {
 		}
 	}()
 	t.Cleanup(func() { cancel(); <-done })
-}
-
-func kubernetesProgram(t *testing.T, name string) string {
-	t.Helper()
-	if dir := os.Getenv("TWILL_KUBERNETES_BIN"); dir != "" {
-		return filepath.Join(dir, name)
-	}
-	cmd := exec.Command("../../e2e/kubernetes/build.sh", name)
-	cmd.Stderr = os.Stderr
-	out, err := cmd.Output()
-	check(t, err)
-	lines := strings.Split(strings.TrimSpace(string(out)), "\n")
-	return filepath.Join(lines[len(lines)-1], "bin", name)
 }
 
 // kubelets does one round of what kubelets and the scheduler do with DaemonSets' pods

@@ -80,7 +80,7 @@ func (n *Node) stopStatic(t testing.TB, name string, addrs []netip.Addr) {
 // apiAway takes the API server away under probes. Meanwhile pods come and go, and twilld
 // starts without it.
 func (l *life) apiAway(t *testing.T) {
-	away := time.Minute
+	away := 40 * time.Second
 	if long() {
 		away = 5 * time.Minute
 	}

@@ -26,7 +26,7 @@ func TestNoPodCIDR(t *testing.T) {
 
 	b := &bad{life: &life{Cluster: c}}
 	const reason = "has no podCIDR; start kube-controller-manager with --allocate-node-cidrs and --cluster-cidr=10.244.0.0/16, or every twilld with --kube-allocate-subnets"
-	_, err = c.NetctlInstall(c.NetConf(), "--image", ref, "--skip-checks", "--wait=20s")
+	_, err = c.NetctlInstall(c.NetConf(), "--image", ref, "--skip-checks", "--wait=5s")
 	checkError(t, "netctl install --skip-checks", err, "wait for the rollout", "n3: ")
 	b.logs(t, "twilld", "node n2 "+reason)
 	must(t, c.Apply(client))

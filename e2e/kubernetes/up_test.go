@@ -13,7 +13,7 @@ import (
 func TestUp(t *testing.T) {
 	c := Start(t, Options{ProxyMode: "iptables"})
 	traffic := checkTraffic(t, c)
-	check(t, traffic.Masquerade(c.context()))
+	must(t, traffic.Masquerade(c.context()))
 	checkMarks(t, c)
 	c.PrintUsage(10 * time.Second)
 }
@@ -26,13 +26,13 @@ func TestUpDualStack(t *testing.T) {
 	}
 	c := Start(t, Options{Stack: DualStack, NetConf: netConf("bgp")})
 	traffic := checkTraffic(t, c)
-	check(t, traffic.Masquerade(c.context()))
+	must(t, traffic.Masquerade(c.context()))
 	checkMarks(t, c)
 
-	check(t, c.SetNetConf(netConf("host-gw")))
+	must(t, c.SetNetConf(netConf("host-gw")))
 	start := time.Now()
 	for _, n := range c.Nodes {
-		check(t, Eventually(c.context(), func() error {
+		must(t, Eventually(c.context(), func() error {
 			kind, err := c.Kubectl("get", "node", n.Name, `--output=jsonpath={.metadata.annotations.flannel\.alpha\.coreos\.com/backend-type}`)
 			if err == nil && kind != "host-gw" {
 				err = fmt.Errorf("node %s has the backend %s", n.Name, kind)
@@ -42,7 +42,7 @@ func TestUpDualStack(t *testing.T) {
 	}
 	c.Mark("all nodes have the backend host-gw, %.0f s after the ConfigMap", time.Since(start).Seconds())
 	again := &Traffic{Cluster: c, Pods: traffic.Pods}
-	check(t, again.Check(c.context()))
+	must(t, again.Check(c.context()))
 	c.Mark("%d questions asked", again.Asks)
 }
 
@@ -50,21 +50,21 @@ func TestUpDualStack(t *testing.T) {
 func TestUpIPv6(t *testing.T) {
 	c := Start(t, Options{Stack: IPv6, Nodes: 2})
 	traffic := checkTraffic(t, c)
-	check(t, traffic.Masquerade(c.context()))
+	must(t, traffic.Masquerade(c.context()))
 }
 
 // checkTraffic starts pods and CoreDNS and asks all ways between them.
 func checkTraffic(t *testing.T, c *Cluster) *Traffic {
 	t.Helper()
 	ctx := c.context()
-	check(t, c.Apply(c.WebManifest()))
-	check(t, c.StartCoreDNS(ctx))
+	must(t, c.Apply(c.WebManifest()))
+	must(t, c.StartCoreDNS(ctx))
 	pods, err := c.WaitPodsRunning(ctx, "default", "app=web", len(c.Nodes))
-	check(t, err)
+	must(t, err)
 	c.Mark("pods run, CoreDNS answers")
 	traffic := &Traffic{Cluster: c, Pods: pods}
-	check(t, traffic.Check(ctx))
-	check(t, traffic.Tools())
+	must(t, traffic.Check(ctx))
+	must(t, traffic.Tools())
 	c.Mark("%d questions asked: pods, Services, names, hostPorts, NodePorts, kubectl logs and exec", traffic.Asks)
 	return traffic
 }
@@ -76,7 +76,7 @@ func checkMarks(t *testing.T, c *Cluster) {
 	t.Helper()
 	for _, n := range c.Nodes {
 		state, err := n.State()
-		check(t, err)
+		must(t, err)
 		ours := 0
 		for _, rule := range state {
 			if !strings.Contains(rule, "twill:") {
@@ -85,7 +85,7 @@ func checkMarks(t *testing.T, c *Cluster) {
 			ours++
 			if set := setsMark.FindStringSubmatch(rule); set != nil {
 				bits, err := strconv.ParseUint(set[1], 0, 32)
-				check(t, err)
+				must(t, err)
 				if bits&0xc000 != 0 {
 					t.Errorf("%s: rule sets kube-proxy's mark: %s", n.Name, rule)
 				}
@@ -100,11 +100,3 @@ func checkMarks(t *testing.T, c *Cluster) {
 // setsMark finds the bits that a rule sets in a packet's mark, in nft's and in iptables'
 // words; with iptables the mask, which is what it may change.
 var setsMark = regexp.MustCompile(`(?:mark set [a-z |]*|--set-x?mark 0x[0-9a-f]+/|--or-mark )(0x[0-9a-f]+)`)
-
-// check ends the test if there is an error.
-func check(t *testing.T, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}

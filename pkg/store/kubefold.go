@@ -120,6 +120,10 @@ func (f *kubeFold) snapshot() *overlay.Snapshot {
 		return nil
 	}
 	s := &overlay.Snapshot{Revision: f.number(), Config: f.config.good, Problems: f.config.problems(), Taken: f.claimed.taken()}
+	// If not even our own podCIDR fits, it is the configuration that is wrong. It must
+	// be judged by what all leases are, or a slip of the pen would cost every peer.
+	self := f.nodes[f.self]
+	misfit := self != nil && f.outside(self) != nil
 	for _, name := range slices.Sorted(maps.Keys(f.nodes)) {
 		n := f.nodes[name]
 		own := name == f.self
@@ -132,7 +136,7 @@ func (f *kubeFold) snapshot() *overlay.Snapshot {
 		case !own && !n.managed:
 			s.Taken = append(s.Taken, n.subnets)
 		default:
-			if p := f.outside(n); p != nil && !own { // our own is NodeClaim's matter
+			if p := f.outside(n); p != nil && !own && !misfit { // our own is NodeClaim's matter
 				s.Problems = append(s.Problems, *p)
 			} else if l := f.lease(n); l.Subnets != (overlay.Subnets{}) || own {
 				s.Leases = append(s.Leases, l)

@@ -117,6 +117,7 @@ func otherFaults() []failure {
 			call: func(_ *host, p *namespace) call { return del("c", p) },
 		},
 		{name: "DEL, flannel's link", at: `^sendto RTM_GETLINK link \d+$`, call: flannels, words: []string{"look up the host's end of eth0" + noBuffers}},
+		{name: "DEL, flannel's scratch file", at: `^openat /var/lib/cni/flannel/c$`, call: flannels, words: []string{"take back what flannel set up for container c: read scratch file: open /var/lib/cni/flannel/c: "}},
 		{name: "DEL, flannel's bridge", at: `^sendto RTM_GETLINK cni0`, call: flannels, words: []string{"look up bridge cni0" + noBuffers}},
 		{
 			name: "STATUS, bridge", at: `^sendto RTM_GETLINK cni0`, words: []string{"look up bridge cni0" + noBuffers},

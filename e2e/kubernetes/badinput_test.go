@@ -38,7 +38,7 @@ func TestBadInput(t *testing.T) {
 		{"both flavours of iptables", b.bothFlavours},
 	} {
 		if !t.Run(part.name, part.run) {
-			t.Errorf("%s failed: what follows has no cluster to stand on", part.name)
+			t.Fatalf("%s failed: what follows has no cluster to stand on", part.name)
 		}
 		b.Mark("%s: done", part.name)
 	}

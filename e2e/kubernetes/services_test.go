@@ -21,10 +21,10 @@ func TestServices(t *testing.T) {
 	for _, mode := range []struct {
 		name, proxy, netConf, ours string
 	}{
-		{"kube-proxy nftables, Twill iptables", "nftables", iptables, "TWILL-POSTRTG"},
-		{"both nftables", "nftables", nftables, "table ip twill"},
-		{"kube-proxy iptables, Twill nftables", "iptables", nftables, "table ip twill"},
-		{"both iptables", "iptables", iptables, "TWILL-POSTRTG"},
+		{"kube-proxy nftables, Twill iptables", "nftables", iptables, ":TWILL-POSTRTG"},
+		{"both nftables", "nftables", nftables, "table ip twill\n"},
+		{"kube-proxy iptables, Twill nftables", "iptables", nftables, "table ip twill\n"},
+		{"both iptables", "iptables", iptables, ":TWILL-POSTRTG"},
 	} {
 		t.Run(mode.name, func(t *testing.T) {
 			must(t, c.each(func(n *Node) error { return n.useProxyMode(mode.proxy) }))
@@ -43,8 +43,8 @@ func TestServices(t *testing.T) {
 	}
 }
 
-// useProxyMode has the node's kube-proxy start again in a mode, in which it takes its
-// rules of the other mode away.
+// useProxyMode changes the configuration of the node's kube-proxy, which ends when it sees
+// that, starts again, and takes its rules of the other mode away.
 func (n *Node) useProxyMode(mode string) error {
 	file := filepath.Join(n.dir, "etc/kube-proxy.yaml")
 	text, err := os.ReadFile(file)
@@ -56,14 +56,7 @@ func (n *Node) useProxyMode(mode string) error {
 	if now == string(text) {
 		return nil
 	}
-	if err := os.WriteFile(file, []byte(now), 0o644); err != nil {
-		return err
-	}
-	pid, err := n.Pid("kube-proxy")
-	if err == nil {
-		_, err = n.Run("kill", pid)
-	}
-	return err
+	return os.WriteFile(file, []byte(now), 0o644)
 }
 
 // usesFirewall says what is missing until kube-proxy and Twill both use their firewalls.
@@ -74,8 +67,10 @@ func (n *Node) usesFirewall(proxy, ours string) error {
 	}
 	has := func(words string) bool { return strings.Contains(out, words) }
 	switch {
-	case !has(ours) || has("TWILL-POSTRTG") && has("table ip twill"):
+	case !has(ours) || has(":TWILL-POSTRTG") && has("table ip twill\n"):
 		return fmt.Errorf("%s: Twill does not use %s alone:\n%s", n.Name, ours, out)
+	case has(":TWILL-HOSTPORT") != has(":TWILL-POSTRTG") || has("table ip twill-hostport") != has("table ip twill\n"):
+		return fmt.Errorf("%s: host ports do not use %s alone:\n%s", n.Name, ours, out)
 	case has("KUBE-SERVICES") != (proxy == "iptables") || has("table ip kube-proxy") != (proxy == "nftables"):
 		return fmt.Errorf("%s: kube-proxy does not use %s alone:\n%s", n.Name, proxy, out)
 	}

@@ -88,7 +88,11 @@ func (k *kubeClient) answer(doing access, err error) string {
 		}
 		return fmt.Sprintf("forbidden: %s has no right to it; %s", m[1], doing.rule())
 	case apierrors.IsUnauthorized(err):
-		return fmt.Sprintf("the API at %s does not accept %s: expired, revoked, or of another cluster; renew it", k.url, k.credentials)
+		renew := "renew it"
+		if k.inCluster { // the kubelet does, and twilld reads it again
+			renew = "if the kubelet does not renew it, restart the pod"
+		}
+		return fmt.Sprintf("the API at %s does not accept %s: expired, revoked, or of another cluster; %s", k.url, k.credentials, renew)
 	case apierrors.IsTooManyRequests(err):
 		return "the API server is overloaded: " + message
 	}

@@ -2,6 +2,7 @@ package nettest
 
 import (
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 )
@@ -18,11 +19,17 @@ func TestReboot(t *testing.T) {
 	}))
 	_, err = a.Run("touch", "/run/flannel/old")
 	must(t, err)
-	p, err := a.Start(Program{Path: "sleep", Args: []string{"600"}})
+	p, err := a.Start(Program{Path: "sh", Args: []string{"-c", "echo inside; exec sleep 60"}})
+	must(t, err)
+	_, err = p.WaitLog(t.Context(), "inside")
 	must(t, err)
 
 	must(t, a.Reboot())
-	<-p.Done()
+	select {
+	case <-p.Done():
+	case <-time.After(30 * time.Second):
+		t.Error("a process outlives a reboot")
+	}
 	if out, err := a.Run("sh", "-c", "ip link show dev old || ls /run/flannel/old"); err == nil {
 		t.Errorf("left after a reboot: %s", out)
 	}

@@ -43,6 +43,8 @@ func TestConfigDefaults(t *testing.T) {
 	want.Etcd.Endpoints = []string{"http://127.0.0.1:4001", "http://127.0.0.1:2379"}
 	want.Etcd.Prefix = "/coreos.com/network"
 	want.Etcd.TTL = 24 * time.Hour
+	want.Kube.AnnotationPrefix, want.Kube.NetConfig = "flannel.alpha.coreos.com", "/etc/kube-flannel/net-conf.json"
+	want.Kube.SetNetworkUnavailable = true
 	want.Uplink.Skip = overlay.DefaultSkip()
 	if !reflect.DeepEqual(c, want) {
 		t.Errorf("got  %+v\nwant %+v", c, want)
@@ -71,6 +73,8 @@ func TestFlannelCommandLine(t *testing.T) {
 		{c.Resync, time.Minute},
 		{[]netip.Addr{c.PublicIP, c.PublicIPv6}, []netip.Addr{netip.MustParseAddr("203.0.113.7"), netip.MustParseAddr("2001:db8::7")}},
 		{[]string{c.SubnetFile, c.HandoffFile(), c.Socket}, []string{"/run/x/subnet.env", "/run/x/twill.json", "/run/x/twilld.sock"}},
+		{[]string{c.Kube.APIURL, c.Kube.Kubeconfig, c.Kube.AnnotationPrefix, c.Kube.NetConfig}, []string{"https://k", "/k", "x", "/n"}},
+		{[]bool{c.Kubernetes, c.Kube.SetNetworkUnavailable, c.Kube.Allocate}, []bool{false, false, false}},
 		{c.RenewMargin, 90 * time.Minute},
 		{c.HealthAddr, "[::1]:8081"},
 		{c.LogLevel, slog.LevelDebug},
@@ -94,8 +98,7 @@ func TestConfigFromEnvironment(t *testing.T) {
 
 func TestConfigErrors(t *testing.T) {
 	for _, x := range []struct{ args, env, want string }{
-		{"--kube-subnet-mgr", "", "--kube-subnet-mgr: this version of Twill keeps leases in etcd alone; remove the flag and give --etcd-endpoints"},
-		{"", "FLANNELD_KUBE_SUBNET_MGR=true", "--kube-subnet-mgr: this version of Twill keeps leases in etcd alone; remove the flag and give --etcd-endpoints"},
+		{"", "FLANNELD_KUBE_SUBNET_MGR=perhaps", `environment FLANNELD_KUBE_SUBNET_MGR="perhaps": parse error`},
 		{"extra", "", `argument "extra" is not a flag; see twilld --help`},
 		{"--no-such-flag", "", "flag provided but not defined: -no-such-flag; see twilld --help"},
 		{"--healthz-port=x", "", `invalid value "x" for flag -healthz-port: parse error; see twilld --help`},
@@ -155,7 +158,7 @@ func TestHelp(t *testing.T) {
 				t.Errorf("help lacks %q:\n%s", want, out.String())
 			}
 		}
-		if strings.Contains(out.String(), "hidden") || strings.Contains(out.String(), "--kube-api-url") {
+		if strings.Contains(out.String(), "hidden") || strings.Contains(out.String(), "--vmodule") {
 			t.Errorf("help shows too much:\n%s", out.String())
 		}
 	}
@@ -172,5 +175,13 @@ func TestLogger(t *testing.T) {
 		if x.want == "" && out.Len() > 0 || !strings.Contains(out.String(), x.want) {
 			t.Errorf("%s: %q", x.arg, out.String())
 		}
+	}
+}
+
+// TestKubernetesFlags starts as a DaemonSet does.
+func TestKubernetesFlags(t *testing.T) {
+	c := parse(t, env("NODE_NAME=n1", "POD_NAME=twill-x", "POD_NAMESPACE=twill-system"), "--kube-subnet-mgr", "--kube-allocate-subnets")
+	if k := c.Kube; !c.Kubernetes || !k.Allocate || k.NodeName != "n1" || k.PodName != "twill-x" || k.PodNamespace != "twill-system" {
+		t.Errorf("%+v", c.Kube)
 	}
 }

@@ -123,7 +123,7 @@ func TestBadPeer(t *testing.T) {
 		value string
 		words []string
 	}{
-		"10.5.200.0-24": {`garbage`, []string{"lease 10.5.200.0-24", "not a lease", "correct the key's value"}},
+		"10.5.200.0-24": {`garbage`, []string{"lease 10.5.200.0-24", "not a lease", "correct the value"}},
 		"10.5.201.0-24": {`{"PublicIP": "198.51.100.77", "BackendType": "vxlan", "BackendData": {"VNI": 1, "VtepMAC": "x"}}`, []string{"lease 10.5.201.0-24", "VtepMAC"}},
 		"10.5.202.0-24": {`{"PublicIP": "198.51.100.78", "BackendType": "vxlan", "BackendData": {"VNI": 7, "VtepMAC": "0e:2a:00:00:00:02"}}`, []string{"lease 10.5.202.0-24", "VNI is 7, ours is 1"}},
 		"10.5.203.0-24": {`{"PublicIP": "198.51.100.79", "BackendType": "wireguard"}`, []string{"lease 10.5.203.0-24", "wireguard", "ours is vxlan"}},

@@ -7,9 +7,10 @@ mkdir -p build
 log=build/test.log
 : >$log
 
-# Some tests need a kube-apiserver and wait for it. Tests mostly wait for other things,
-# so it is built meanwhile, out of what CPU they leave.
+# Some tests need a kube-apiserver. Tests mostly wait for other things, so it is built
+# meanwhile, out of what CPU they leave.
 chrt --idle 0 e2e/kubernetes/build.sh >build/kubernetes.log 2>&1 &
+kubernetes_built=$!
 
 status=0
 run() { # one line per package and per failure on the terminal, everything in the log
@@ -32,6 +33,7 @@ mkdir -p build/race
 go build -race -o build/race/ ./daemon/cmd/twilld ./daemon/cmd/netctl ./plugins/twill
 go build -o build/race/ ./e2e/lab
 export TWILL_BIN_DIR="$PWD/build/race" TWILL_ETCD34="$PWD/build/etcd-3.4/usr/bin/etcd"
+wait $kubernetes_built || { tail build/kubernetes.log; status=1; } # e2e measures
 run -race "$@" ./e2e || status=1
 run -p 1 -race "$@" $(grep -E "$kubernetes" <<<"$all") || status=1
 

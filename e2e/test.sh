@@ -46,9 +46,10 @@ guest() {
 echo "in a QEMU guest, what this kernel may lack: IPIP, WireGuard"
 guest || status=1
 
-# Not the backends, which have nothing to do with the store's version.
 echo "once more, what depends on the store, with Debian's etcd 3.4"
-TWILL_BIN_DIR=$PWD/build/bin TWILL_ETCD_BINARY=$TWILL_ETCD34 run -p 1 -short -skip 'TestBackends|TestSwitch|TestNetworkChanges|TestRouters|TestReflectors|TestForeignMember|TestOwnRouter|TestBadBGP|TestUDPQueues|TestUnusable|TestFarPeers|TestContainerd|TestKube|TestImage|TestIptablesFlavours' "$@" ./pkg/store ./e2e || status=1
+export TWILL_BIN_DIR=$PWD/build/bin TWILL_ETCD_BINARY=$TWILL_ETCD34
+run -short -skip TestKube "$@" ./pkg/store || status=1
+run -short -run 'TestAdopt|TestBadConfig|TestPoolFull|TestBadPeer|TestStore|TestReservation|TestRenewal|TestOwnKey|TestSamePublicIP|TestOverlappingKeys|TestUplinkAddress|TestRestartAfter|TestEtcd|TestFirstEndpointDead|TestStartTogether|TestConfigChangeLive|TestSurvive' "$@" ./e2e || status=1
 
 passed=$(grep -cE '^ *--- PASS' $log || true)
 failed=$(grep -cE '^ *--- FAIL' $log || true)

@@ -21,6 +21,17 @@ func (n *Node) restartKubelet(t testing.TB) {
 	n.shell(t, "kill "+pid)
 }
 
+// reregister restarts the node's kubelet until its Node is there with other podCIDRs.
+// A kubelet that starts before its Node exists waits 140 s for a CSINode and then ends
+// itself: it is restarted at once.
+func (l *life) reregister(t *testing.T, n *Node, other []string) []string {
+	t.Helper()
+	n.restartKubelet(t)
+	cidrs := l.waitPodCIDRs(t, n.Name, other)
+	n.restartKubelet(t)
+	return cidrs
+}
+
 // podCIDRs returns those of a node.
 func (c *Cluster) podCIDRs(t testing.TB, node string) ([]string, error) {
 	object, err := c.Client.CoreV1().Nodes().Get(t.Context(), node, meta.GetOptions{})
@@ -57,8 +68,7 @@ func (l *life) registerAgain(t *testing.T) {
 	l.checkFromNode(t, n, old)
 
 	l.kubectl(t, "delete", "node", n.Name)
-	n.restartKubelet(t)
-	newCIDRs := l.waitPodCIDRs(t, n.Name, oldCIDRs)
+	newCIDRs := l.reregister(t, n, oldCIDRs)
 	l.Mark("%s had podCIDRs %v, has %v", n.Name, oldCIDRs, newCIDRs)
 	must(t, l.WaitNodesReady(minutes(t, 3)))
 	l.rolledOut(t)
@@ -176,9 +186,8 @@ func (l *life) rename(t *testing.T) {
 cd %s/etc
 sed -i 's#/pki/%s\.#/pki/%s.#g' kubelet.yaml kubelet.kubeconfig
 echo %[3]s >name`, n.Disk(), was, name))
-	n.restartKubelet(t)
 	n.Name = name
-	l.waitPodCIDRs(t, name, nil)
+	l.reregister(t, n, nil)
 	must(t, Eventually(minutes(t, 3), func() error {
 		s, err := l.status(n)
 		if err == nil && !s.Ready {

@@ -228,7 +228,7 @@ func TestDaemonRefuses(t *testing.T) {
 		args  []string
 		words []string
 	}{
-		{2, []string{"--kube-subnet-mgr"}, []string{"--kube-subnet-mgr", "etcd alone", "--etcd-endpoints"}},
+		{1, []string{"--kube-subnet-mgr"}, []string{"Kubernetes API", "no pod of a cluster", "--kubeconfig-file or --kube-api-url"}},
 		{2, []string{"--healthz-port=70000"}, []string{"--healthz-port: 70000: must be 0..65535"}},
 		{2, []string{"--subnet-lease-renew-margin=0"}, []string{"--subnet-lease-renew-margin: 0: must be 1..1439 minutes"}},
 		{2, []string{"--public-ip=2001:db8::1"}, []string{"--public-ip: 2001:db8::1: must be"}},

@@ -16,10 +16,6 @@ run() { # a line for each test and each step on the terminal, everything in the 
 }
 status=0
 run "$@" || status=1
-passed=$(grep -cE '^ *--- PASS' $log || true)
-failed=$(grep -cE '^ *--- FAIL' $log || true)
-skipped=$(grep -cE '^ *--- SKIP' $log || true)
-[ "$passed" -gt 0 ] || { echo "no test ran"; status=1; }
-echo
-echo "$passed passed, $failed failed, $skipped skipped, $((SECONDS - start)) s; everything is in $log"
+e2e/summary.sh $log || status=1
+echo "it took $((SECONDS - start)) s"
 exit "$status"

@@ -51,10 +51,5 @@ export TWILL_BIN_DIR=$PWD/build/bin TWILL_ETCD_BINARY=$TWILL_ETCD34
 run -short -skip TestKube "$@" ./pkg/store || status=1
 run -short -run 'TestAdopt|TestBadConfig|TestPoolFull|TestBadPeer|TestStore|TestReservation|TestRenewal|TestOwnKey|TestSamePublicIP|TestOverlappingKeys|TestUplinkAddress|TestRestartAfter|TestEtcd|TestFirstEndpointDead|TestStartTogether|TestConfigChangeLive|TestSurvive' "$@" ./e2e || status=1
 
-passed=$(grep -cE '^ *--- PASS' $log || true)
-failed=$(grep -cE '^ *--- FAIL' $log || true)
-skipped=$(grep -cE '^ *--- SKIP' $log || true)
-[ "$passed" -gt 0 ] || { echo "no test ran"; status=1; }
-echo
-echo "$passed passed, $failed failed, $skipped skipped"
+e2e/summary.sh $log || status=1
 exit $status

@@ -78,7 +78,7 @@ func (b *bad) healed(t *testing.T) {
 func (b *bad) restart(t *testing.T) *core.Pod {
 	t.Helper()
 	old := b.twilldPod(t)
-	b.twillctl(t, "delete", "pod", old.Name, "--wait=true", "--timeout=1m")
+	b.twillctl(t, "delete", "pod", old.Name, "--wait=true", "--timeout=3m")
 	var p *core.Pod
 	must(t, Eventually(minutes(t, 1), func() error {
 		p = b.twilldPod(t)

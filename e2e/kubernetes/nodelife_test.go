@@ -93,7 +93,7 @@ func (l *life) registerAgain(t *testing.T) {
 		n.stopStatic(t, name, map[string][]netip.Addr{"old": old, "fresh": fresh}[name])
 	}
 	// What the DaemonSet had there keeps its address of the old subnet until then.
-	l.kubectl(t, "delete", "pods", "--selector=app=client", "--field-selector=spec.nodeName="+n.Name, "--timeout=1m")
+	l.kubectl(t, "delete", "pods", "--selector=app=client", "--field-selector=spec.nodeName="+n.Name, "--timeout=3m")
 	l.whole(t)
 	checkNoRoute(t, peer, oldCIDRs)
 	checkNoRoute(t, n, oldCIDRs)
@@ -188,6 +188,7 @@ sed -i 's#/pki/%s\.#/pki/%s.#g' kubelet.yaml kubelet.kubeconfig
 echo %[3]s >name`, n.Disk(), was, name))
 	n.Name = name
 	l.reregister(t, n, nil)
+	l.Mark("%s is a Node", name)
 	must(t, Eventually(minutes(t, 3), func() error {
 		s, err := l.status(n)
 		if err == nil && !s.Ready {
@@ -195,6 +196,7 @@ echo %[3]s >name`, n.Disk(), was, name))
 		}
 		return err
 	}))
+	l.Mark("twilld on %s is ready", name)
 	// Every node says what is wrong and what to do about it.
 	for i, x := range []*Node{peer, n} {
 		l.waitStatus(t, x, "aware of two Nodes with one address", func(s overlay.Status) bool {
@@ -208,7 +210,8 @@ echo %[3]s >name`, n.Disk(), was, name))
 	l.kubectl(t, "delete", "node", was)
 	// Pods that came before twilld was there under its new name have addresses of the old
 	// subnet: nobody had told this node of another.
-	l.kubectl(t, "delete", "pods", "--selector=app=client", "--field-selector=spec.nodeName="+name, "--timeout=1m")
+	l.kubectl(t, "delete", "pods", "--selector=app=client", "--field-selector=spec.nodeName="+name, "--timeout=3m")
+	l.Mark("pods of the old subnet are gone")
 	l.whole(t)
 	for _, x := range []*Node{peer, n} {
 		l.waitStatus(t, x, "without a problem", func(s overlay.Status) bool { return len(s.Problems) == 0 })

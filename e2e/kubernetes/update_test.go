@@ -29,7 +29,7 @@ func (l *life) rolling(t *testing.T) {
 			l.rolledOut(t)
 		}},
 		{"all its pods deleted at once", func(t *testing.T) {
-			l.twillctl(t, "delete", "pods", "--selector=app=twill", "--wait=true", "--timeout=1m")
+			l.twillctl(t, "delete", "pods", "--selector=app=twill", "--wait=true", "--timeout=3m")
 			l.rolledOut(t)
 		}},
 		{"kill -9", func(t *testing.T) {

@@ -55,9 +55,12 @@ func TestRouters(t *testing.T) {
 	speaker.learns("0.0.0.0/0 via 198.51.100.12 allowed", "10.5.3.0/24 via 198.51.100.14", "192.168.10.0/24 via 198.51.100.13",
 		"203.0.113.0/24 via 198.51.100.12 allowed via 198.51.100.13", "203.0.113.0/26 via 198.51.100.12 allowed",
 		"2001:db8:77::/48 via 2001:db8:51::12 via 2001:db8:51::13", "fd00:5:0:3::/64 via 2001:db8:51::14")
-	if x := speaker.session(r.addr(1, overlay.IPv4)); x.Received != 7 || x.Accepted != 3 || x.Announced != 1 {
-		t.Errorf("session %+v", x)
-	}
+	eventually(t, "counts of a session", func() error {
+		if x := speaker.session(r.addr(1, overlay.IPv4)); x.Received != 7 || x.Accepted != 3 || x.Announced != 1 {
+			return fmt.Errorf("session %+v", x)
+		}
+		return nil
+	})
 	// The node reaches all of it through the speaker, and no router hears of the node.
 	node.learns("0.0.0.0/0 via 198.51.100.11", "10.5.0.0/24 via 198.51.100.11", "192.168.10.0/24 via 198.51.100.11", "203.0.113.0/24 via 198.51.100.11",
 		"203.0.113.0/26 via 198.51.100.11", "2001:db8:77::/48 via 2001:db8:51::11", "fd00:5::/64 via 2001:db8:51::11")

@@ -19,7 +19,7 @@ import (
 // staticPod is a pod of a kubelet's own, which needs no API server.
 const staticPod = `apiVersion: v1
 kind: Pod
-metadata: {name: %[1]s}
+metadata: {name: %[1]s, labels: {app: %[1]s}}
 spec:
   terminationGracePeriodSeconds: 1
   enableServiceLinks: false

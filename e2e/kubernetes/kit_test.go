@@ -25,7 +25,7 @@ func must(t testing.TB, err error) {
 	}
 }
 
-// long reports whether the tests take the time that the issue asks for: five minutes
+// long reports whether the tests take all the time that they are meant for: five minutes
 // without the API server, ten rounds of 200 pods. Without TWILL_LONG in the environment,
 // as in CI, it is less.
 func long() bool { return os.Getenv("TWILL_LONG") != "" }

@@ -162,7 +162,7 @@ func (s *trial) restart(t *testing.T) {
 		name string
 		end  func() error
 	}{{"SIGKILL", n.Daemon.Kill9}, {"SIGTERM", n.Daemon.Term}} {
-		p := startProbes(t, s.pods[0], s.pods[1])
+		p := startProbesAt(t, s.probeRate(), s.pods[0], s.pods[1])
 		must(t, end.end())
 		time.Sleep(300 * time.Millisecond)
 		must(t, n.Daemon.Start())
@@ -175,9 +175,17 @@ func (s *trial) restart(t *testing.T) {
 	s.undisturbed(t)
 }
 
-// endProbes ends the probes a second later. Where packets pass through a daemon
-// that was away, or got no CPU for a while, it tells how many were lost; the last
-// ones must not be among them, and it catches up.
+// probeRate is how many probes a second and way the daemons can carry: when they are
+// built with the race detector, their crypto takes a fraction of what it does else.
+func (s *trial) probeRate() int {
+	if s.name == "wireguard" {
+		return 100
+	}
+	return 1000
+}
+
+// endProbes ends the probes a second after a daemon was restarted. Those that pass
+// through it get lost while it is away, and not when it is back.
 func (s *trial) endProbes(t *testing.T, p *probes) {
 	t.Helper()
 	if s.kernel {
@@ -186,12 +194,10 @@ func (s *trial) endProbes(t *testing.T, p *probes) {
 	}
 	time.Sleep(time.Second)
 	for i, r := range p.results(t) {
-		if n := len(r.LostAt); n > 0 && r.LostAt[n-1] > float64(r.Sent)-500 {
-			t.Errorf("%s: probes are lost to the end, at %.0f ms of %d", p.names[i], r.LostAt[n-1], r.Sent)
+		end := float64(r.Sent) * 1000 / float64(p.rate) // ms
+		if n := len(r.LostAt); n > 0 && r.LostAt[n-1] > end-500 {
+			t.Errorf("%s: probes are lost to the end, at %.0f ms of %.0f", p.names[i], r.LostAt[n-1], end)
 		}
-	}
-	for _, f := range families(s.pods[0]) {
-		must(t, Eventually(s.ctx, func() bool { return s.pods[0].Ping(s.pods[1].Addr(f), 3, 56) == nil }))
 	}
 }
 
@@ -210,7 +216,7 @@ func (s *trial) undisturbed(t *testing.T) {
 // etcdAway takes the store away for some seconds. Where no packet passes through
 // it, a daemon is restarted meanwhile, which then knows nothing.
 func (s *trial) etcdAway(t *testing.T) {
-	p := startProbes(t, s.pods[0], s.pods[1])
+	p := startProbesAt(t, s.probeRate(), s.pods[0], s.pods[1])
 	must(t, s.Etcd.Stop())
 	for _, n := range s.Nodes {
 		must(t, n.WaitStatus(s.ctx, "without its store", func(s overlay.Status) bool { return !s.Store.Connected && s.Ready }))
@@ -224,7 +230,7 @@ func (s *trial) etcdAway(t *testing.T) {
 	for _, n := range s.Nodes {
 		must(t, n.WaitStatus(s.ctx, "back at its store", func(s overlay.Status) bool { return s.Store.Connected && s.Ready }))
 	}
-	s.endProbes(t, p)
+	p.stopAfter(t, 1000)
 	s.undisturbed(t)
 }
 

@@ -238,7 +238,7 @@ func (d *dataCentre) quiet(t *testing.T) {
 // outsideProbes are 1,000 a second from a pod to the networks of BIRD and back.
 func (d *dataCentre) outsideProbes(t *testing.T) *probes {
 	t.Helper()
-	out, p := &probes{}, d.pods[0]
+	out, p := &probes{rate: 1000}, d.pods[0]
 	for i, f := range families(p) {
 		to, err := nettest.StartProbe(p.NS, d.bird.NS, netip.MustParsePrefix(birdNets[i]).Addr().Next())
 		must(t, err)

@@ -28,18 +28,25 @@ func families(p *Pod) []overlay.Family {
 // with returns a stored configuration with another key in it.
 func with(config, key string) string { return strings.Replace(config, "{", "{"+key+", ", 1) }
 
-// probes are 1,000 packets a second and family each way between two pods.
+// probes are packets of each family each way between two pods.
 type probes struct {
+	rate  int // a second, each
 	names []string
 	all   []*nettest.Probe
 }
 
+// startProbes sends 1,000 probes a second on each way.
 func startProbes(t *testing.T, a, b *Pod) *probes {
 	t.Helper()
-	p := &probes{}
+	return startProbesAt(t, 1000, a, b)
+}
+
+func startProbesAt(t *testing.T, rate int, a, b *Pod) *probes {
+	t.Helper()
+	p := &probes{rate: rate}
 	for _, f := range families(a) {
 		for _, way := range [][2]*Pod{{a, b}, {b, a}} {
-			probe, err := nettest.StartProbe(way[0].NS, way[1].NS, way[1].Addr(f))
+			probe, err := nettest.StartProbeAt(rate, way[0].NS, way[1].NS, way[1].Addr(f))
 			must(t, err)
 			p.names = append(p.names, fmt.Sprintf("%s %s to %s", f, way[0].Name, way[1].Name))
 			p.all = append(p.all, probe)
@@ -65,16 +72,16 @@ func (p *probes) results(t *testing.T) []nettest.ProbeResult {
 func (p *probes) stop(t *testing.T) {
 	t.Helper()
 	for i, r := range p.results(t) {
-		if r.Lost > 0 || r.Sent < 500 {
+		if r.Lost > 0 || r.Sent < p.rate/2 {
 			t.Errorf("%s: %d of %d probes lost, %d send errors, at %.0f ms", p.names[i], r.Lost, r.Sent, r.Errors, r.LostAt)
 		}
 	}
 }
 
-// stopAfter ends the probes when about this many were sent.
-func (p *probes) stopAfter(t *testing.T, probes int) {
+// stopAfter is stop after that many milliseconds.
+func (p *probes) stopAfter(t *testing.T, ms int) {
 	t.Helper()
-	time.Sleep(time.Duration(probes) * time.Millisecond)
+	time.Sleep(time.Duration(ms) * time.Millisecond)
 	p.stop(t)
 }
 

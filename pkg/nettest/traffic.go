@@ -50,13 +50,18 @@ type Probe struct {
 	out            *bytes.Buffer
 }
 
-// StartProbe sends 1,000 probes a second from one namespace to an echo server at
-// addr in the other. It returns when the first answer has come; what was lost
-// before is not counted.
+// StartProbe is StartProbeAt with 1,000 probes a second.
 func StartProbe(from, to *NS, addr netip.Addr) (*Probe, error) {
+	return StartProbeAt(1000, from, to, addr)
+}
+
+// StartProbeAt sends that many probes a second from one namespace to an echo server
+// at addr in the other. It returns when the first answer has come; what was lost
+// before is not counted.
+func StartProbeAt(rate int, from, to *NS, addr netip.Addr) (*Probe, error) {
 	p := &Probe{out: &bytes.Buffer{}}
 	var err error
-	if p.server, p.client, err = startPair(from, to, addr, "probe", p.out); err != nil {
+	if p.server, p.client, err = startPair(from, to, addr, "probe", p.out, "--rate", strconv.Itoa(rate)); err != nil {
 		return nil, fmt.Errorf("start probe %s to %s: %w", from.Name, addr, err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
@@ -67,7 +72,7 @@ func StartProbe(from, to *NS, addr netip.Addr) (*Probe, error) {
 	return p, nil
 }
 
-// Stop ends the probe and returns its counts, after a second for the last answers.
+// Stop ends the probe and returns its counts, after waiting for late answers.
 func (p *Probe) Stop() (ProbeResult, error) {
 	err := p.client.Signal(syscall.SIGTERM)
 	if err == nil {

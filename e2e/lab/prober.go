@@ -139,10 +139,9 @@ func (p *prober) receive() {
 	}
 }
 
-// linger waits for late answers: what is in the queue of race-built crypto takes up to
-// three seconds, and is not lost.
+// linger waits for late answers: what is in the queue of race-built crypto is not lost.
 func (p *prober) linger() {
-	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(2 * time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
 		p.mu.Lock()
 		all := p.received == len(p.sent)
 		p.mu.Unlock()

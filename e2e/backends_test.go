@@ -194,9 +194,8 @@ func (s *trial) endProbes(t *testing.T, p *probes) {
 	}
 	time.Sleep(time.Second)
 	for i, r := range p.results(t) {
-		end := float64(r.Sent) * 1000 / float64(p.rate) // ms
-		if n := len(r.LostAt); n > 0 && r.LostAt[n-1] > end-500 {
-			t.Errorf("%s: probes are lost to the end, at %.0f ms of %.0f", p.names[i], r.LostAt[n-1], end)
+		if n := len(r.LostAt); n > 0 && r.LostAt[n-1] > r.LastAt-500 {
+			t.Errorf("%s: probes are lost to the end, at %.0f ms of %.0f", p.names[i], r.LostAt[n-1], r.LastAt)
 		}
 	}
 }

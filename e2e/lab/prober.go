@@ -87,17 +87,26 @@ func (p *prober) write(number uint64) error {
 	return err
 }
 
-// send keeps to the schedule: after a pause of the machine it catches up.
+// burst is how far behind its schedule a prober catches up. What is more it leaves out:
+// thousands of packets at once, after a pause of the machine, are another test.
+const burst = 100 * time.Millisecond
+
+// send keeps to the schedule.
 func (p *prober) send(ctx context.Context) {
 	interval := time.Second / time.Duration(p.rate)
 	timer := time.NewTimer(0)
 	defer timer.Stop()
+	var due time.Duration
 	for i := 0; p.count == 0 || i < p.count; i++ {
-		due := time.Duration(i) * interval
+		wait := due - time.Since(p.begin)
+		if wait < -burst {
+			due -= wait + burst
+		}
 		if p.duration > 0 && due >= p.duration {
 			return
 		}
-		if wait := due - time.Since(p.begin); wait > 0 {
+		due += interval
+		if wait > 0 {
 			timer.Reset(wait)
 			select {
 			case <-timer.C:
@@ -171,6 +180,9 @@ func (p *prober) result() nettest.ProbeResult {
 	}
 	if lost { // to the end
 		r.LongestGap = max(r.LongestGap, ms(p.sent[len(p.sent)-1]-last))
+	}
+	if n := len(p.sent); n > 0 {
+		r.LastAt = ms(p.sent[n-1])
 	}
 	if n := len(trips); n > 0 {
 		slices.Sort(trips)

@@ -27,8 +27,10 @@ type ProbeResult struct {
 	// Round trip times in microseconds.
 	P50 float64 `json:"p50_us"`
 	P99 float64 `json:"p99_us"`
-	// LostAt says when each lost probe was sent, in milliseconds from the first.
+	// LostAt says when each lost probe was sent, in milliseconds from the first, and
+	// LastAt when the last of all was.
 	LostAt []float64 `json:"lost_at"`
+	LastAt float64   `json:"last_at"`
 }
 
 func (r ProbeResult) String() string {

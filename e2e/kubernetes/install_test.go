@@ -51,7 +51,7 @@ func TestInstall(t *testing.T) {
 	c.checkReach(t, clients, clients)
 	c.Mark("backend udp in a container without privileges")
 
-	c.kubectl(t, "delete", "daemonset", "client", "--timeout=3m")
+	c.kubectl(t, "delete", "daemonset", "client", "--cascade=foreground", "--timeout=3m")
 	_, err = c.Netctl("uninstall")
 	must(t, err)
 	for _, n := range c.Nodes {

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Sums up the log of `go test -v`: what each failed test said at its end, then the
-# counts. Fails if no test ran.
+# Sums up the log of `go test -v`: what each failed test said, without the logs of the
+# programs that it ran, then the counts. Fails if no test ran.
 set -euo pipefail
 log=$1
 awk '
@@ -8,12 +8,12 @@ awk '
 	/^=== / { next }
 	/^ *--- FAIL: / { failed[++n] = $3; why[n] = said[$3]; delete said[$3]; next }
 	/^ *--- / { delete said[$3]; next }
-	test != "" { said[test] = said[test] $0 "\n" }
+	/^ +[a-z0-9_]+_test\.go:/ || /DATA RACE|^panic:/ { said[test] = said[test] $0 "\n" }
 	END {
 		for (i = 1; i <= n; i++) {
 			print "\nFAIL " failed[i]
 			lines = split(why[i], line, "\n") - 1
-			for (l = lines > 20 ? lines - 19 : 1; l <= lines; l++) print substr(line[l], 1, 600)
+			for (l = lines > 20 ? lines - 19 : 1; l <= lines; l++) print substr(line[l], 1, 500)
 		}
 	}' "$log"
 count() { grep -cE "^ *--- $1" "$log" || true; }

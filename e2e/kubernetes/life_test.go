@@ -53,12 +53,15 @@ func (l *life) underProbes(t *testing.T, act func(*testing.T)) {
 	}
 }
 
-// whole waits until pods run on all nodes and reach each other, and no address is
-// anybody's but theirs.
+// whole waits until each node's twilld is at its store, pods run on all nodes and reach
+// each other, and no address is anybody's but theirs.
 func (l *life) whole(t *testing.T) {
 	t.Helper()
 	must(t, l.WaitNodesReady(minutes(t, 3)))
 	l.rolledOut(t)
+	for _, n := range l.Nodes {
+		l.waitStatus(t, n, "at its store", func(s overlay.Status) bool { return s.Ready && s.Store.Connected })
+	}
 	l.pods = l.clients(t)
 	l.checkReach(t, l.pods, l.pods)
 	for _, n := range l.Nodes {

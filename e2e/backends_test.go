@@ -59,6 +59,15 @@ func dual(backend string) string {
 // podMTU is what a pod gets on an uplink of that MTU.
 func (b backend) podMTU(uplink int) int { return uplink - max(b.overhead[0], b.overhead[1]) }
 
+// probeRate is how many probes a second and way the daemons can carry: when they are
+// built with the race detector, their crypto takes a fraction of what it does else.
+func (b backend) probeRate() int {
+	if b.name == "wireguard" {
+		return 100
+	}
+	return 1000
+}
+
 // trial is a cluster with a backend, on which one scenario after the other runs.
 type trial struct {
 	*Cluster
@@ -109,7 +118,7 @@ func (s *trial) reach(t *testing.T) {
 		}
 	}
 	checkWire(t, s.Cluster, s.pods, s.wire)
-	checkBulk(t, s.pods[0], s.pods[1])
+	checkBulk(t, s.probeRate(), s.pods[0], s.pods[1])
 	from, to := s.pods[1], s.pods[2]
 	for _, f := range families(from) {
 		capture, err := to.Capture(nettest.CaptureOptions{})
@@ -173,15 +182,6 @@ func (s *trial) restart(t *testing.T) {
 	}
 	must(t, s.WaitPeers(s.ctx))
 	s.undisturbed(t)
-}
-
-// probeRate is how many probes a second and way the daemons can carry: when they are
-// built with the race detector, their crypto takes a fraction of what it does else.
-func (s *trial) probeRate() int {
-	if s.name == "wireguard" {
-		return 100
-	}
-	return 1000
 }
 
 // endProbes ends the probes a second after a daemon was restarted. Those that pass

@@ -27,7 +27,7 @@ func TestReach(t *testing.T) {
 				checkTool(t, c.Nodes[0], tool)
 				checkWire(t, c, pods, wire{port: 4789, vni: 1})
 				for i, p := range pods {
-					checkBulk(t, p, pods[(i+1)%len(pods)])
+					checkBulk(t, 1000, p, pods[(i+1)%len(pods)])
 				}
 				for _, f := range families(pods[0]) {
 					checkEgress(ctx, t, c, pods[0], f)
@@ -138,8 +138,8 @@ func checkPings(t *testing.T, from *Pod, to netip.Addr) {
 
 func podMTU(p *Pod) int { return p.Result.Interfaces[len(p.Result.Interfaces)-1].Mtu }
 
-// checkBulk moves 32 MiB by TCP and a few hundred UDP packets.
-func checkBulk(t *testing.T, from, to *Pod) {
+// checkBulk moves 32 MiB by TCP, and probes at that rate.
+func checkBulk(t *testing.T, rate int, from, to *Pod) {
 	t.Helper()
 	const size = 32 << 20
 	for _, f := range families(from) {
@@ -150,7 +150,7 @@ func checkBulk(t *testing.T, from, to *Pod) {
 		}
 		t.Logf("TCP %s to %s over %s: %.0f Mbit/s", from.Name, to.Name, f, r.MbitPS)
 	}
-	startProbes(t, from, to).stopAfter(t, 600)
+	startProbesAt(t, rate, from, to).stopAfter(t, 600)
 }
 
 // checkEgress pings the etcd host, which knows no way to pods: it is answered
@@ -178,7 +178,7 @@ func TestDirectRouting(t *testing.T) {
 	c, _ := startCluster(t, Options{Hosts: 3, Config: strings.Replace(ConfigDual, `"Port": 4789`, `"Port": 4789, "DirectRouting": true`, 1)})
 	pods := onePod(t, c)
 	checkWire(t, c, pods, wire{})
-	checkBulk(t, pods[0], pods[1])
+	checkBulk(t, 1000, pods[0], pods[1])
 }
 
 // TestVXLANParameters uses none of the defaults but the port, which is the

@@ -208,7 +208,7 @@ func TestKubeSwitch(t *testing.T) {
 	for _, n := range c.Nodes {
 		n.shell(t, forwardDrop)
 	}
-	s := &switching{Cluster: c, ctx: ctx, pods: onePod(t, c)}
+	s := &switching{Cluster: c, ctx: ctx, pods: onePod(t, c), rate: 1000}
 	for _, name := range []string{"host-gw", "bgp", "vxlan"} {
 		b := backendNamed(t, name)
 		lost := s.during(t, true, func() {

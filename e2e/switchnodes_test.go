@@ -161,7 +161,7 @@ func TestNetworkChanges(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			b := backendNamed(t, name)
 			c, ctx := startCluster(t, Options{Hosts: 3, Config: dual(b.config)})
-			s := &switching{Cluster: c, ctx: ctx, pods: onePod(t, c)}
+			s := &switching{Cluster: c, ctx: ctx, pods: onePod(t, c), rate: b.probeRate()}
 			network := func(v4, v6 string) string {
 				return strings.NewReplacer(PodNetwork.String(), v4, PodNetworkV6.String(), v6).Replace(dual(b.config))
 			}

@@ -136,16 +136,16 @@ func TestUDPQueuesWhileDead(t *testing.T) {
 			if store == "without etcd" {
 				must(t, c.Etcd.Stop())
 			}
-			before, lasts := map[overlay.Family]echoes{}, make(chan error)
+			before, pinged := map[overlay.Family]echoes{}, make(chan error)
 			for _, f := range families(pods[0]) {
 				before[f] = countEchoes(t, pods[0], f)
 				go func() {
 					_, err := pods[0].Run("ping", "-n", "-q", "-c", "200", "-i", "0.005", "-W", "0.1", pods[1].Addr(f).String())
-					lasts <- err
+					pinged <- err
 				}()
 			}
 			for range before {
-				if <-lasts == nil {
+				if <-pinged == nil {
 					t.Error("somebody answered while twilld was dead")
 				}
 			}

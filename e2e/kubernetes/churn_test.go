@@ -135,7 +135,7 @@ func (c *Cluster) useBridge(t *testing.T, n *Node) {
 	must(t, n.writeBridge(cidrs))
 }
 
-// TestChurn has kubelet make and remove pods at once, 200 of them when long, round after round, with Twill on
+// TestChurn has kubelet make and remove pods at once, round after round, with Twill on
 // one node and Debian's bridge plugin on another. Nothing of them is left.
 func TestChurn(t *testing.T) {
 	rounds, reference := 2, 1

@@ -198,6 +198,9 @@ func (l *loop) pass(ctx context.Context, why string, full bool) (changes int, fa
 		}
 		l.metrics.apply.Observe(time.Since(began).Seconds())
 	}
+	if err := l.kernel.Handshake(ctx, l.lostSessions(plan)); err != nil {
+		failures = append(failures, err.Error())
+	}
 	l.begin.Do(func() { close(l.written) })
 	l.logProblems(slices.Concat(l.found, l.node.problems(), l.clashes, l.pathProblems(), l.extensions.problems(), l.bgp.problems()))
 	if l.blocked(refused) {
@@ -226,6 +229,33 @@ func (l *loop) wantsTUN() bool {
 	return slices.ContainsFunc(l.want.Links, func(w overlay.Link) bool {
 		return w.Kind == overlay.KindTUN && (l.applied == nil || !l.applied.HasLink(w.Name))
 	})
+}
+
+// lostSessions returns the WireGuard peers that may hold a session which plan has found
+// this node without: who was added again, and who was known before twilld started, or
+// before the device was down. A new node, or peer, has none to lose.
+func (l *loop) lostSessions(plan overlay.Plan) (peers []overlay.WGPeer) {
+	for _, op := range plan {
+		switch o := op.Object.(type) {
+		case overlay.WGPeer:
+			known := l.applied == nil && l.node.wasWireGuard()
+			if l.applied != nil {
+				_, known = l.applied.WGPeer(o)
+			}
+			if op.Verb == overlay.Add && known {
+				peers = append(peers, o)
+			}
+		case overlay.Link:
+			if have, ok := op.Before.(overlay.Link); ok && o.WG.Port != 0 && o.Up && !have.Up {
+				for _, p := range l.want.WGPeers {
+					if p.Link == o.Name {
+						peers = append(peers, p)
+					}
+				}
+			}
+		}
+	}
+	return peers
 }
 
 // publish asks the keeper to lease what the node is. Before a node says that it is

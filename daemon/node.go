@@ -170,6 +170,12 @@ func (n *node) equip(ctx context.Context, b overlay.BackendConfig) error {
 	return nil
 }
 
+// wasWireGuard reports whether peers knew the node's WireGuard key before this start.
+func (n *node) wasWireGuard() bool {
+	key := n.self.WGKey.Public()
+	return n.leased.WireGuard.PublicKey == key || n.leased.WireGuardV6.PublicKey == key
+}
+
 // fits refuses a new network that this host already uses.
 func (n *node) fits(ctx context.Context, next overlay.Config, own overlay.Subnets, leases []*overlay.Lease) error {
 	have, err := n.kernel.Observe(ctx, kernel.Scope{Networks: next.Networks(), Uplink: n.self.Uplink.Name})

@@ -12,6 +12,9 @@ import (
 // drift damages each kind of object that the backend owns, as TestHeal does.
 func (s *trial) drift(t *testing.T) {
 	h := &healing{ctx: s.ctx, node: s.Nodes[0], pods: s.pods}
+	if s.name == "wireguard" {
+		h.also = s.sessionsHeal
+	}
 	h.observer = newObserver(t, h.node)
 	h.good = h.observer.look(t)
 	h.foreign = h.node.shell(t, foreignDump)
@@ -78,6 +81,19 @@ func (s *trial) wireguardDamage(h *healing) []damage {
 		})
 	}
 	return all
+}
+
+// sessionsHeal has the healed node be reached by one that heard nothing of it. When
+// nobody can see any more that a device was down, it is for the node to speak first.
+func (s *trial) sessionsHeal(t *testing.T, d damage) {
+	s.sessions(t, s.Nodes[0])
+	from, to := s.pods[2], s.pods[0]
+	if strings.HasSuffix(d.name, "set down and up") {
+		from, to = to, from
+	}
+	for _, f := range families(from) {
+		must(t, from.Ping(to.Addr(f), 2, 56))
+	}
 }
 
 // cablePulled has the uplink lose its carrier for a while: the kernel throws the

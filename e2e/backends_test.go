@@ -177,6 +177,7 @@ func (s *trial) restart(t *testing.T) {
 		must(t, n.Daemon.Start())
 		must(t, n.WaitReady(s.ctx))
 		must(t, n.WaitInSync(s.ctx))
+		s.sessions(t, n)
 		t.Log(end.name)
 		s.endProbes(t, p)
 	}
@@ -197,6 +198,22 @@ func (s *trial) endProbes(t *testing.T, p *probes) {
 		if n := len(r.LostAt); n > 0 && r.LostAt[n-1] > r.LastAt-500 {
 			t.Errorf("%s: probes are lost to the end, at %.0f ms of %.0f", p.names[i], r.LostAt[n-1], r.LastAt)
 		}
+	}
+}
+
+// sessions waits until a node that has lost its WireGuard sessions has new ones, also
+// with peers that it has nothing to say to: they go on with the old ones for 15 s.
+func (s *trial) sessions(t *testing.T, n *Node) {
+	t.Helper()
+	if s.name != "wireguard" {
+		return
+	}
+	var out string
+	if Eventually(s.ctx, func() bool {
+		out = n.shell(t, "wg show all latest-handshakes")
+		return out != "" && !strings.Contains(out, "\t0\n")
+	}) != nil {
+		t.Errorf("%s has peers that it has not shaken hands with:\n%s", n.Name, out)
 	}
 }
 

@@ -54,6 +54,7 @@ type healing struct {
 	node     *Node
 	pods     []*Pod
 	observer *observer
+	also     func(*testing.T, damage) // looks at more that must be healed
 	good     overlay.State
 	foreign  string
 }
@@ -72,6 +73,9 @@ func (h *healing) heal(t *testing.T, d damage) {
 	healed := h.observer.waitFor(t, h.good)
 	t.Logf("noticed %d ms after the command began, seen healed within %d ms (%s)", told.Time.Sub(began).Milliseconds(), healed.Sub(began).Milliseconds(), told.Why)
 	must(t, h.node.WaitInSync(h.ctx))
+	if h.also != nil {
+		h.also(t, d)
+	}
 	for _, f := range families(h.pods[0]) {
 		must(t, h.pods[0].Ping(h.pods[1].Addr(f), 2, 1000))
 		must(t, h.pods[1].Ping(h.pods[0].Addr(f), 1, 1000))

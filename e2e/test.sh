@@ -13,9 +13,12 @@ chrt --idle 0 e2e/kubernetes/build.sh >build/kubernetes.log 2>&1 &
 kubernetes_built=$!
 
 status=0
-run() { # one line per package and per failure on the terminal, everything in the log
+# On the terminal: a line for each package and failure, to people for each test, too.
+shown='^(ok|FAIL|panic:)|--- (FAIL|SKIP)|DATA RACE'
+[ ! -t 1 ] || shown+='|^--- PASS'
+run() {
 	go test -v -count=1 -timeout 40m "$@" 2>&1 | tee -a $log |
-		{ grep --line-buffered -E '^(ok|FAIL|panic:)|--- (FAIL|SKIP)|^    [a-z0-9_]+_test\.go:|DATA RACE' || true; }
+		{ grep --line-buffered -E "$shown" || true; }
 	return "${PIPESTATUS[0]}"
 }
 # Programs that find no race need not wait a second for one when they end.

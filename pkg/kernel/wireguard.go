@@ -1,6 +1,7 @@
 package kernel
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -9,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/wgctrl"
@@ -185,6 +187,77 @@ func (a *applier) wgPeers(plan overlay.Plan, link string) int {
 		}
 	}
 	return n
+}
+
+// handshakePatience is how long Handshake waits for a device to send.
+const handshakePatience = time.Second
+
+// Handshake has devices make sessions with peers now, not when there is a packet for
+// them: a peer goes on to encrypt for a session that this end has lost, in vain, until
+// it has heard nothing for 15 s (WireGuard whitepaper, section 6.2).
+func (k *Kernel) Handshake(ctx context.Context, peers []overlay.WGPeer) error {
+	byLink := map[string][]wgtypes.PeerConfig{}
+	for _, p := range peers {
+		if p.Keepalive == 0 { // else the device has begun by itself
+			byLink[p.Link] = append(byLink[p.Link], wgtypes.PeerConfig{PublicKey: wgtypes.Key(p.PublicKey), UpdateOnly: true})
+		}
+	}
+	var errs []error
+	for link, peers := range byLink {
+		if err := k.wireguard.handshake(ctx, link, peers); err != nil {
+			errs = append(errs, fmt.Errorf("shake hands with peers of %s: %w", link, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// handshake turns keepalives on, of which a device sends the first one at once, and
+// off again when it has been sent. In user space a device is up a moment later than
+// its link.
+func (w *wireguard) handshake(ctx context.Context, link string, peers []wgtypes.PeerConfig) error {
+	before, err := w.sent(link)
+	if err != nil {
+		return err
+	}
+	keepalive := func(interval time.Duration) error {
+		for i := range peers {
+			peers[i].PersistentKeepaliveInterval = &interval
+		}
+		return w.configure(link, wgtypes.Config{Peers: peers})
+	}
+	if err := keepalive(time.Minute); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, handshakePatience)
+	defer cancel()
+	for now := before; ; {
+		silent := func(p wgtypes.PeerConfig) bool { return now[p.PublicKey] == before[p.PublicKey] }
+		if now, err = w.sent(link); err != nil || !slices.ContainsFunc(peers, silent) {
+			break
+		}
+		select {
+		case <-ctx.Done(): // a peer may be out of reach
+			return keepalive(0)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	return errors.Join(err, keepalive(0))
+}
+
+// sent returns how many bytes went to each peer.
+func (w *wireguard) sent(link string) (map[wgtypes.Key]int64, error) {
+	if w.broken != nil {
+		return nil, w.broken
+	}
+	d, err := w.client.Device(link)
+	if err != nil {
+		return nil, err
+	}
+	bytes := make(map[wgtypes.Key]int64, len(d.Peers))
+	for _, p := range d.Peers {
+		bytes[p.PublicKey] = p.TransmitBytes
+	}
+	return bytes, nil
 }
 
 // peerConfig says only what differs: to set allowed addresses again would leave

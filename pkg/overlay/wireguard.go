@@ -77,13 +77,22 @@ func (a WGPeer) compare(b WGPeer) int {
 	return strings.Compare(string(a.PublicKey[:]), string(b.PublicKey[:]))
 }
 
+// WGPeer finds the peer of p's device that has p's key.
+func (s *State) WGPeer(p WGPeer) (WGPeer, bool) {
+	i, ok := slices.BinarySearchFunc(s.WGPeers, p, WGPeer.compare)
+	if !ok {
+		return WGPeer{}, false
+	}
+	return s.WGPeers[i], true
+}
+
 // KeepRoamed takes a peer's endpoint as it was set where the device has learned
 // another one from the peer's packets: it is the peer that roams, and nobody else's
 // doing.
 func (s *State) KeepRoamed(set *State) {
 	for i, p := range s.WGPeers {
-		if j, ok := slices.BinarySearchFunc(set.WGPeers, p, WGPeer.compare); ok {
-			s.WGPeers[i].Endpoint = set.WGPeers[j].Endpoint
+		if was, ok := set.WGPeer(p); ok {
+			s.WGPeers[i].Endpoint = was.Endpoint
 		}
 	}
 }

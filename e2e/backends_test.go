@@ -301,11 +301,16 @@ func (s *trial) peerLeaves(t *testing.T) {
 	value := strings.NewReplacer(gone.IPv4.String(), v4, gone.IPv6.String(), v6).Replace(lease.value)
 	grant, err := s.Etcd.Client().Grant(s.ctx, 2)
 	must(t, err)
+	alive, die := context.WithCancel(s.ctx)
+	defer die()
+	_, err = s.Etcd.Client().KeepAlive(alive, grant.ID)
+	must(t, err)
 	_, err = s.Etcd.Client().Put(s.ctx, Prefix+"/subnets/"+subnet.Key(), value, clientv3.WithLease(grant.ID))
 	must(t, err)
 	for _, n := range s.Nodes {
 		must(t, Eventually(s.ctx, func() bool { return containsAll(n.shell(t, traces), []string{subnet.V4.String(), subnet.V6.String()}) }))
 	}
+	die()
 	must(t, s.WaitPeers(s.ctx))
 	s.nothingOf(t, subnet.V4.String(), subnet.V6.String(), v4, v6)
 	for _, f := range families(s.pods[0]) {

@@ -85,15 +85,18 @@ func races(log string) []string {
 	return out
 }
 
-// firstFrame is the function at the top of a stack, with that of the runtime which it
-// called left out.
+// firstFrame is the function at the top of a stack, with those of the standard library
+// which it called left out.
 func firstFrame(stack []string) string {
 	for _, line := range stack {
 		function, isFrame := strings.CutPrefix(line, "  ")
-		switch {
-		case !isFrame:
+		if !isFrame {
 			return ""
-		case !strings.HasPrefix(function, " ") && !strings.HasPrefix(function, "runtime."):
+		}
+		// The first part of a module's path is a host's name.
+		path, _, _ := strings.Cut(function, "(")
+		host, _, module := strings.Cut(path, "/")
+		if strings.HasPrefix(path, "[") || strings.HasPrefix(path, "main.") || module && strings.Contains(host, ".") {
 			return function
 		}
 	}
@@ -109,13 +112,14 @@ func TestRaces(t *testing.T) {
 	const (
 		gobgp   = "  github.com/osrg/gobgp/v4/internal/pkg/table.(*Path).IsStale()\n      path.go:1 +0x1\n  github.com/twill-net/twill/pkg/speaker.(*Speaker).read()\n      rib.go:2 +0x2\n"
 		inMap   = "  runtime.mapaccess2()\n      map.go:1 +0x1\n" + gobgp
+		inSort  = "  internal/abi.X()\n      x.go:3 +0x1\n  slices.SortFunc[go.shape.[]*uint8]()\n      sort.go:1 +0x1\n"
 		ours    = "  github.com/twill-net/twill/pkg/speaker.(*Speaker).read()\n      rib.go:2 +0x2\n" + gobgp
 		unknown = "  [failed to restore the stack]\n"
 	)
 	for _, x := range []struct {
 		first, second string
 		want          int
-	}{{gobgp, gobgp, 0}, {inMap, gobgp, 0}, {gobgp, unknown, 0}, {unknown, unknown, 1}, {unknown, ours, 1}, {gobgp, ours, 1}, {ours, ours, 1}} {
+	}{{gobgp, gobgp, 0}, {inMap, gobgp, 0}, {inSort + gobgp, gobgp, 0}, {inSort + ours, gobgp, 1}, {gobgp, unknown, 0}, {unknown, unknown, 1}, {unknown, ours, 1}, {gobgp, ours, 1}, {ours, ours, 1}} {
 		if got := len(races("text\n" + report(x.first, x.second) + "text\n")); got != x.want {
 			t.Errorf("%d races, want %d, in\n%s", got, x.want, report(x.first, x.second))
 		}

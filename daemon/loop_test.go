@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"log/slog"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -224,5 +225,44 @@ func TestLogProblems(t *testing.T) {
 	l.logProblems(many)
 	if n := strings.Count(log.String(), "\n"); n != maxLogged+1 || !strings.Contains(log.String(), "count=40") {
 		t.Errorf("%d lines:\n%s", n, log.String())
+	}
+}
+
+// TestLostSessions says with which of two peers a pass shakes hands.
+func TestLostSessions(t *testing.T) {
+	key := overlay.WGKey{1}.Clamp()
+	known := overlay.WGPeer{Link: overlay.WireGuardLink, PublicKey: overlay.WGKey{1}}
+	added := overlay.WGPeer{Link: overlay.WireGuardLink, PublicKey: overlay.WGKey{2}}
+	other := overlay.WGPeer{Link: overlay.WireGuardLinkV6, PublicKey: overlay.WGKey{1}}
+	up := overlay.Link{Name: overlay.WireGuardLink, Up: true, WG: overlay.WireGuard{Port: 51820, Key: key}}
+	down := up
+	down.Up = false
+	add := overlay.Plan{{Verb: overlay.Add, Object: known}, {Verb: overlay.Add, Object: added}}
+	for _, x := range []struct {
+		name    string
+		leased  bool // the key was known before this start
+		applied []overlay.WGPeer
+		plan    overlay.Plan
+		want    []overlay.WGPeer
+	}{
+		{name: "a new node", plan: add},
+		{name: "a restart without its device", leased: true, plan: add, want: []overlay.WGPeer{known, added}},
+		{name: "a peer removed by somebody, and another new", leased: true, applied: []overlay.WGPeer{known}, plan: add, want: []overlay.WGPeer{known}},
+		{name: "a peer changed", leased: true, applied: []overlay.WGPeer{known}, plan: overlay.Plan{{Verb: overlay.Change, Object: known, Before: known}}},
+		{name: "the device set down", applied: []overlay.WGPeer{known, added, other}, plan: overlay.Plan{{Verb: overlay.Change, Object: up, Before: down}}, want: []overlay.WGPeer{known, added}},
+		{name: "the device changed", applied: []overlay.WGPeer{known}, plan: overlay.Plan{{Verb: overlay.Change, Object: up, Before: up}}},
+		{name: "the device made", plan: overlay.Plan{{Verb: overlay.Add, Object: up}}},
+	} {
+		l := &loop{want: &overlay.State{WGPeers: []overlay.WGPeer{known, added, other}}}
+		l.node.self.WGKey = key
+		if x.leased {
+			l.node.leased.WireGuardV6.PublicKey = key.Public()
+		}
+		if x.applied != nil {
+			l.applied = &overlay.State{WGPeers: x.applied}
+		}
+		if got := l.lostSessions(x.plan); !slices.Equal(got, x.want) {
+			t.Errorf("%s: shakes hands with %v, want %v", x.name, got, x.want)
+		}
 	}
 }

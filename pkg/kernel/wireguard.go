@@ -194,7 +194,7 @@ const handshakePatience = time.Second
 
 // Handshake has devices make sessions with peers now, not when there is a packet for
 // them: a peer goes on to encrypt for a session that this end has lost, in vain, until
-// it has heard nothing for 15 s (WireGuard whitepaper, section 6.2).
+// it has heard nothing for 15 s (WireGuard whitepaper, section 6.5).
 func (k *Kernel) Handshake(ctx context.Context, peers []overlay.WGPeer) error {
 	byLink := map[string][]wgtypes.PeerConfig{}
 	for _, p := range peers {
@@ -230,10 +230,11 @@ func (w *wireguard) handshake(ctx context.Context, link string, peers []wgtypes.
 	}
 	ctx, cancel := context.WithTimeout(ctx, handshakePatience)
 	defer cancel()
-	for now := before; ; {
-		silent := func(p wgtypes.PeerConfig) bool { return now[p.PublicKey] == before[p.PublicKey] }
-		if now, err = w.sent(link); err != nil || !slices.ContainsFunc(peers, silent) {
-			break
+	for {
+		after, err := w.sent(link)
+		silent := func(p wgtypes.PeerConfig) bool { return after[p.PublicKey] == before[p.PublicKey] }
+		if err != nil || !slices.ContainsFunc(peers, silent) {
+			return errors.Join(err, keepalive(0))
 		}
 		select {
 		case <-ctx.Done(): // a peer may be out of reach
@@ -241,7 +242,6 @@ func (w *wireguard) handshake(ctx context.Context, link string, peers []wgtypes.
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
-	return errors.Join(err, keepalive(0))
 }
 
 // sent returns how many bytes went to each peer.

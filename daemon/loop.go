@@ -198,8 +198,11 @@ func (l *loop) pass(ctx context.Context, why string, full bool) (changes int, fa
 		}
 		l.metrics.apply.Observe(time.Since(began).Seconds())
 	}
-	if err := l.kernel.Handshake(ctx, l.lostSessions(plan)); err != nil {
-		failures = append(failures, err.Error())
+	if peers := l.lostSessions(plan); len(peers) > 0 {
+		l.log.Info("shaking hands with WireGuard peers that may hold lost sessions", "peers", len(peers), "why", why)
+		if err := l.kernel.Handshake(ctx, peers); err != nil {
+			failures = append(failures, err.Error())
+		}
 	}
 	l.begin.Do(func() { close(l.written) })
 	l.logProblems(slices.Concat(l.found, l.node.problems(), l.clashes, l.pathProblems(), l.extensions.problems(), l.bgp.problems()))
@@ -235,23 +238,22 @@ func (l *loop) wantsTUN() bool {
 // this node without: who was added again, and who was known before twilld started, or
 // before the device was down. A new node, or peer, has none to lose.
 func (l *loop) lostSessions(plan overlay.Plan) (peers []overlay.WGPeer) {
+	known := func(p overlay.WGPeer) bool {
+		if l.applied == nil {
+			return l.node.wasWireGuard()
+		}
+		_, ok := l.applied.WGPeer(p)
+		return ok
+	}
 	for _, op := range plan {
 		switch o := op.Object.(type) {
 		case overlay.WGPeer:
-			known := l.applied == nil && l.node.wasWireGuard()
-			if l.applied != nil {
-				_, known = l.applied.WGPeer(o)
-			}
-			if op.Verb == overlay.Add && known {
+			if op.Verb == overlay.Add && known(o) {
 				peers = append(peers, o)
 			}
 		case overlay.Link:
-			if have, ok := op.Before.(overlay.Link); ok && o.WG.Port != 0 && o.Up && !have.Up {
-				for _, p := range l.want.WGPeers {
-					if p.Link == o.Name {
-						peers = append(peers, p)
-					}
-				}
+			if have, ok := op.Before.(overlay.Link); ok && o.Up && !have.Up {
+				peers = append(peers, l.want.WGPeersOf(o.Name)...)
 			}
 		}
 	}

@@ -86,6 +86,16 @@ func (s *State) WGPeer(p WGPeer) (WGPeer, bool) {
 	return s.WGPeers[i], true
 }
 
+// WGPeersOf returns the peers of a device.
+func (s *State) WGPeersOf(link string) (peers []WGPeer) {
+	for _, p := range s.WGPeers {
+		if p.Link == link {
+			peers = append(peers, p)
+		}
+	}
+	return peers
+}
+
 // KeepRoamed takes a peer's endpoint as it was set where the device has learned
 // another one from the peer's packets: it is the peer that roams, and nobody else's
 // doing.
